@@ -1,0 +1,139 @@
+"""Figures that several units draw: each function takes data and returns a matplotlib Figure."""
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+
+matplotlib.rcParams.update(
+    {
+        "figure.constrained_layout.use": True,
+        "figure.max_open_warning": 0,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#e6e6e6",
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "legend.frameon": False,
+        # Okabe and Ito's palette: told apart by colour-blind readers too
+        "axes.prop_cycle": matplotlib.cycler(
+            color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+        ),
+    }
+)
+
+
+def close(figure):
+    """Free a figure that has been saved."""
+    plt.close(figure)
+
+
+def curves(series, *, title="", xlabel="epoch", ylabel="", x=None, yscale="linear", xscale="linear", size=(5.4, 3.4)):
+    """Lines over a common axis.
+
+    `series`: name -> values [T], or [S, T] for S seeds, drawn as the mean with a band of one standard deviation.
+    `x`: the axis [T] (default 1..T).
+    """
+    figure, axes = plt.subplots(figsize=size)
+    for name, values in series.items():
+        values = np.atleast_2d(np.asarray(values, dtype=float))
+        at = np.arange(1, values.shape[1] + 1) if x is None else np.asarray(x)
+        mean, spread = values.mean(axis=0), values.std(axis=0)
+        (line,) = axes.plot(at, mean, label=name, marker="o" if len(at) < 3 else None)
+        if len(values) > 1:
+            axes.fill_between(at, mean - spread, mean + spread, alpha=0.2, color=line.get_color(), linewidth=0)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale=yscale, xscale=xscale)
+    axes.legend()
+    return figure
+
+
+def panels(groups, *, title="", xlabel="epoch", size=(3.6, 2.9), **options):
+    """Several `curves` side by side; `groups`: panel title -> series, as `curves` takes them."""
+    figure, axes = plt.subplots(1, len(groups), figsize=(size[0] * len(groups), size[1]), squeeze=False)
+    for axis, (name, series) in zip(axes[0], groups.items(), strict=True):
+        for label, values in series.items():
+            axis.plot(np.arange(1, len(values) + 1), values, label=label)
+        axis.set(title=name, xlabel=xlabel, **options)
+        axis.legend()
+    figure.suptitle(title)
+    return figure
+
+
+def image_grid(images, titles=None, *, columns=8, title="", row_labels=None, colours=None, cell=1.0):
+    """Pictures in rows of `columns`.
+
+    `images`: [N, H, W], [N, H, W, 1] or [N, H, W, 3], 0..255 or 0..1 (float pictures are scaled by their own range only
+    where they leave it).  `titles`, `colours`: one a picture (its caption and the caption's colour); `row_labels`: one
+    a row.
+    """
+    rows = -(-len(images) // columns)
+    height = cell * (1.3 if titles is not None else 1.05)
+    figure, axes = plt.subplots(rows, columns, figsize=(cell * columns, height * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+    for i, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
+        image = np.squeeze(np.asarray(image))
+        top = 255 if image.dtype == np.uint8 else max(1.0, float(image.max()))
+        axis.imshow(image / top, cmap="gray", vmin=min(0.0, float(image.min()) / top), vmax=1, interpolation="nearest")
+        if titles is not None:
+            axis.set_title(titles[i], fontsize=7, color=colours[i] if colours is not None else "black", pad=2)
+    for axis, label in zip(axes[:, 0], row_labels or [], strict=False):
+        axis.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+    figure.suptitle(title)
+    return figure
+
+
+def confusion(matrix, labels, *, title=""):
+    """Confusion matrix [C, C], rows the true class; colour is the share of the row, the number is the count."""
+    matrix = np.asarray(matrix)
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = 1.6 + 0.42 * len(labels)
+    figure, axes = plt.subplots(figsize=(side + 0.5, side))
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.grid(False)
+    for i, j in np.argwhere(matrix):
+        axes.text(
+            j,
+            i,
+            str(matrix[i, j]),
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if share[i, j] > 0.5 else "black",
+        )
+    ticks = np.arange(len(labels))
+    axes.set(xticks=ticks, yticks=ticks, xlabel="predicted", ylabel="true", title=title, yticklabels=labels)
+    axes.set_xticklabels(labels, rotation=45, ha="right", rotation_mode="anchor")
+    return figure
+
+
+def bars(values, *, title="", ylabel="", errors=None, form="{:.3g}", size=(5.4, 3.2)):
+    """A bar a name (`values`: name -> number), its value written above; `errors`: name -> half-width of an interval."""
+    figure, axes = plt.subplots(figsize=size)
+    names = list(values)
+    drawn = axes.bar(names, list(values.values()), yerr=[errors[name] for name in names] if errors else None, capsize=3)
+    axes.bar_label(drawn, labels=[form.format(value) for value in values.values()], fontsize=8, padding=2)
+    axes.margins(y=0.15)
+    axes.set(title=title, ylabel=ylabel)
+    axes.tick_params(axis="x", rotation=20 if max(map(len, map(str, names))) > 10 else 0)
+    return figure
+
+
+def pareto(points, *, xlabel, ylabel, title="", xscale="log"):
+    """Named points (`points`: name -> (cost, value)) and the front of those that none beats in both."""
+    figure, axes = plt.subplots(figsize=(5.4, 3.6))
+    best, front = -np.inf, []
+    for cost, value in sorted(points.values(), key=lambda point: (point[0], -point[1])):
+        if value > best:
+            best = value
+            front.append((cost, value))
+    axes.step(*zip(*front, strict=True), where="post", color="#bbbbbb", zorder=1)
+    for name, (cost, value) in points.items():
+        axes.scatter(cost, value, zorder=2)
+        axes.annotate(name, (cost, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale=xscale)
+    axes.margins(x=0.18, y=0.15)
+    return figure
