@@ -40,7 +40,8 @@ def parse(config, presets, argv=None, *, unit=None):
     """Read a unit's flags: `(options, cfg)`, where `cfg` is `config` under the preset and the flags given.
 
     `options.preset` is the preset's bare name only where nothing was overridden; else the overrides follow it, as in
-    "cpu+epochs=2", so that a changed setting can never pass for the recorded one.
+    "cpu+epochs=2", so that a changed setting can never pass for the recorded one.  Fields with the metadata
+    `{"where": True}` (ports, output folders) say where and not what: they change neither the name nor the record.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     prog = f"python -m {unit or config.__module__}"
@@ -77,7 +78,7 @@ def _claim(config):
 
 def _check_numbers(base, cfg):
     """Refuse what no unit can use: NaN, and below the sensible: a count of zero, or a negative size or rate."""
-    for field in dataclasses.fields(cfg):
+    for field in _whats(cfg):
         default, value = getattr(base, field.name), getattr(cfg, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not isinstance(default, int | float):
             continue
@@ -87,8 +88,17 @@ def _check_numbers(base, cfg):
             raise InputError(f"--{flag} {value} cannot be used: give a number of at least {least}")
 
 
+def _whats(cfg):
+    """The fields that the result depends on."""
+    return [field for field in dataclasses.fields(cfg) if not field.metadata.get("where")]
+
+
+def _what(cfg):
+    return {field.name: getattr(cfg, field.name) for field in _whats(cfg)}
+
+
 def _differences(base, other):
-    pairs = ((field.name, getattr(other, field.name)) for field in dataclasses.fields(other))
+    pairs = ((field.name, getattr(other, field.name)) for field in _whats(other))
     return {name: value for name, value in pairs if value != getattr(base, name)}
 
 
@@ -198,7 +208,7 @@ def run(unit, options, cfg):
     """
     folder = files.make_folder(Path(options.runs) / unit / f"{options.preset}-s{cfg.seed}")
     with _locked(folder):
-        before = _continue_or_clear(folder, to_json(dataclasses.asdict(cfg)), options.fresh)
+        before = _continue_or_clear(folder, to_json(_what(cfg)), options.fresh)
         strategy = runtime.strategy(options.strategy)  # first: it fixes the devices
         precision = runtime.precision(options.precision)
         runtime.seed(cfg.seed)
@@ -206,10 +216,10 @@ def run(unit, options, cfg):
             "unit": unit,
             "preset": options.preset,
             "seed": cfg.seed,
-            "config": dataclasses.asdict(cfg),
+            "config": _what(cfg),
             "metrics": {},
             "figures": [],
-            "strategy": f"{type(strategy).__name__} x {strategy.num_replicas_in_sync}",
+            "replicas": strategy.num_replicas_in_sync,
             "precision": precision,
         }
         run = Run(folder, record, strategy, before)
@@ -282,12 +292,13 @@ def _show(record, folder):
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{record['unit']}, {record['preset']}, seed {record['seed']}", title_justify="left")
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in record["metrics"].items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     console = Console()
+    console.print(f"{record['unit']}, preset {record['preset']}, seed {record['seed']}", soft_wrap=True)
     console.print(table)
     console.print(f"{record['seconds']:.0f} s; record and figures in {folder}", soft_wrap=True)
 

@@ -3,10 +3,15 @@
 TensorFlow is imported inside the functions: the catalogue and `--help` use this module and must not wait for it.
 """
 
+import importlib.abc
+import importlib.util
 import os
 import platform
 import re
 import subprocess
+import sys
+import tempfile
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -20,13 +25,53 @@ def environment():
     """Set the process's flags, where the user has not; must run before TensorFlow is imported."""
     for name, value in {
         "KERAS_BACKEND": "tensorflow",
-        "TF_CPP_MIN_LOG_LEVEL": "2",  # errors and warnings that need action; not the start-up notes
+        "TF_CPP_MIN_LOG_LEVEL": "3",  # fatal only: what fails in C++ reaches Python as an exception anyway
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # share a GPU with the serving process of the same lesson
         "MPLBACKEND": "Agg",  # figures are files; a notebook has set its own backend by now
         "GRPC_VERBOSITY": "ERROR",
         "GRADIO_ANALYTICS_ENABLED": "False",
     }.items():
         os.environ.setdefault(name, value)
+    # `core.data.batches` shuffles by itself; Keras remarks on it at every `fit`
+    warnings.filterwarnings("ignore", message=r"`shuffle=True` was passed, but will be ignored")
+    if "tensorflow" not in sys.modules and not any(isinstance(finder, _QuietStart) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _QuietStart())
+
+
+class _QuietStart(importlib.abc.MetaPathFinder):
+    """Imports TensorFlow without the notes that its C++ libraries write before they have read any flag.
+
+    They go straight to file descriptor 2, so it is held back during the import; whatever else was written comes out
+    afterwards, and everything does where the import fails.
+    """
+
+    NOTES = re.compile(r"WARNING: All log messages before absl|I0000 .*(port|cudart_stub|cpu_feature_guard)\.cc")
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "tensorflow":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: self._held_back(load, module)
+        return spec
+
+    def _held_back(self, load, module):
+        failed = True
+        sys.stderr.flush()
+        original = os.dup(2)
+        with tempfile.TemporaryFile("w+", errors="replace") as held:
+            os.dup2(held.fileno(), 2)
+            try:
+                load(module)
+                failed = False
+            finally:
+                sys.stderr.flush()
+                os.dup2(original, 2)
+                os.close(original)
+                held.seek(0)
+                sys.stderr.writelines(line for line in held if failed or not self.NOTES.match(line))
 
 
 def seed(value):

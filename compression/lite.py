@@ -1,0 +1,158 @@
+"""Keras models as LiteRT (TFLite) files: float, float16, dynamic-range int8 and full int8.
+
+Sources: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference" (affine quantisation, eq. 1); the LiteRT converter's post-training modes.
+"""
+
+import contextlib
+import io
+import os
+import tempfile
+
+from pathlib import Path
+
+import numpy as np
+
+from course.core import files
+from course.core.export import request, write_sample
+from course.core.timing import time_calls
+
+KINDS = ("float", "float16", "dynamic", "int8")
+
+
+def convert(model, kind, representative=None):
+    """A Keras model with one input and one output (a dict of one names it) -> the bytes of a .tflite file.
+
+    float:   float32 weights and arithmetic.          float16: float16 weights, float32 arithmetic.
+    dynamic: int8 weights, activations quantised as they come (no data needed).
+    int8:    int8 weights (per channel) and activations, whose ranges are measured on `representative` [N, ...] (a few
+             hundred real inputs, as the model takes them); the file takes uint8 and gives float32.
+    """
+    import tensorflow as tf
+
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is not one of {KINDS}")
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    if kind != "float":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if kind == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    if kind == "int8":
+        if representative is None or not len(representative):
+            raise ValueError("full int8 needs representative inputs to measure the activations' ranges on")
+        converter.representative_dataset = lambda: ([row[None].astype("float32")] for row in representative)
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+        converter.inference_input_type = tf.uint8
+    with _quiet():
+        return converter.convert()
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep the converter's chatter, C++ and Python, off the terminal; C++'s comes out where the conversion fails."""
+    original = os.dup(2)
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(original, held.read())
+            raise
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
+
+
+def interpreter(content, batch=None, threads=1):
+    """An allocated LiteRT interpreter for a file's bytes, its batch dimension set to `batch` where given."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    with _quiet():
+        runner = Interpreter(model_content=content, num_threads=threads)
+        runner.allocate_tensors()
+    if batch is not None:
+        entry = runner.get_input_details()[0]
+        runner.resize_tensor_input(entry["index"], [batch, *entry["shape"][1:]])
+        runner.allocate_tensors()
+    return runner
+
+
+def run(runner, inputs):
+    """One call: `inputs` [B, ...] in the model's own scale, of the interpreter's batch size -> outputs [B, ...].
+
+    An integer input is quantised by the file's own scale and zero point: q = round(x / scale) + zero (Jacob, eq. 1).
+    """
+    entry, out = runner.get_input_details()[0], runner.get_output_details()[0]
+    scale, zero = entry["quantization"]
+    if np.issubdtype(entry["dtype"], np.integer):
+        limits = np.iinfo(entry["dtype"])
+        inputs = np.clip(np.round(inputs / scale) + zero, limits.min, limits.max)
+    runner.set_tensor(entry["index"], inputs.astype(entry["dtype"]))
+    runner.invoke()
+    return runner.get_tensor(out["index"])
+
+
+def predict(content, inputs, batch=100, threads=2):
+    """Outputs [N, ...] of a file for `inputs` [N, ...], in batches."""
+    outputs, runner, size = [], None, None
+    for start in range(0, len(inputs), batch):
+        part = inputs[start : start + batch]
+        if len(part) != size:
+            runner, size = interpreter(content, batch=len(part), threads=threads), len(part)
+        outputs.append(run(runner, part))
+    return np.concatenate(outputs)
+
+
+def latency(content, sample, calls=200, threads=1):
+    """Milliseconds of single calls on `sample` [1, ...]: {"p50_ms", "p90_ms", "p99_ms"}, after a warm-up."""
+    runner = interpreter(content, batch=1, threads=threads)
+    return time_calls(lambda: run(runner, sample), calls)
+
+
+def parity(content, model, inputs):
+    """How far a file is from its source: the largest difference of outputs on real `inputs`, and the share of equal
+    decisions (argmax).  A conversion can go wrong without an error (weights lost, outputs NaN); raises `RuntimeError`
+    where an output is not finite."""
+    ours, theirs = predict(content, inputs), model.predict(inputs, verbose=0, batch_size=256)
+    if isinstance(theirs, dict):  # a model that names its output
+        (theirs,) = theirs.values()
+    if not np.isfinite(ours).all():
+        raise RuntimeError("the converted model gives NaN or infinity: its weights were lost in conversion")
+    return {
+        "max_difference": float(np.abs(ours - theirs).max()),
+        "agreement": float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
+    }
+
+
+def compare(model, folder, representative, inputs, judge):
+    """Every kind of file of `model`, written to `folder` as `<kind>.tflite`; returns kind -> row.
+
+    `inputs` [N, ...]: the evaluation split, `judge(outputs [N, ...])` -> a dict that joins the row.  A row has bytes,
+    agreement (of decisions with the source model), p50_ms of one input on one thread, and what the judge says.
+    """
+    rows = {}
+    for kind in KINDS:
+        content = convert(model, kind, representative)
+        files.write_atomic(Path(folder) / f"{kind}.tflite", content)
+        rows[kind] = {
+            "bytes": len(content),
+            "agreement": parity(content, model, inputs[:1000])["agreement"],
+            "p50_ms": latency(content, inputs[:1])["p50_ms"],
+            **judge(predict(content, inputs)),
+        }
+    return rows
+
+
+def export(content, folder, sample, labels=()):
+    """Write a version folder that the embedded server serves: `model.tflite`, the labels, a request and its answer.
+
+    `sample` [B, ...]: the inputs of the sample request.
+    """
+    name = interpreter(content).get_signature_list()["serving_default"]["outputs"][0]
+    with files.atomic_folder(folder, last="model.tflite") as temporary:
+        assets = temporary / "assets.extra"
+        assets.mkdir()
+        (assets / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
+        write_sample(assets, request({"inputs": sample}), {name: predict(content, sample)})
+        (temporary / "model.tflite").write_bytes(content)

@@ -1,0 +1,123 @@
+"""Gradio pages for the pushed models: `python -m serving.demos [unit ...]`.
+
+Each page calls the model through its endpoint, as any client would, and shows the version that answered and how long
+it took.  Without --url the embedded server is started on the exports folder and ends with the demo.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+from course import core
+from course.core import flags
+from serving import client, pipeline
+
+UNITS = Path(core.__file__).parents[1]
+
+
+@dataclasses.dataclass
+class Options:
+    """Which pages, and where."""
+
+    units: tuple[str, ...] = ()  # units whose demo is wanted; none: all that have been pushed
+    exports: str = "exports"  # folder that the pipelines push to
+    model: str = ""  # name of the model to show, where it is not the unit's (day25 names it after your own folder)
+    url: str = ""  # REST address of a server that runs already
+    host: str = "127.0.0.1"  # address to listen on
+    port: int = 7860  # port of the page; 0: any free one
+
+
+def models(options):
+    """unit -> model name, for the units asked for; `InputError` where there is nothing to show."""
+    exports = Path(options.exports)
+    units = [unit.removeprefix("course.") for unit in options.units]
+    units = units or sorted(path.name for path in exports.glob("*") if (UNITS / f"{path.name}.py").exists())
+    if not units:
+        raise core.InputError(f"nothing has been pushed to {exports} yet: run make run, or a unit that pushes")
+    if options.model and len(units) > 1:
+        raise core.InputError("--model goes with one unit")
+    chosen = {}
+    for unit in units:
+        if not (UNITS / f"{unit}.py").exists():
+            raise core.InputError(f"there is no unit {unit}: python -m course lists them")
+        chosen[unit] = options.model or unit
+        if not options.url and not pipeline.versions(exports / chosen[unit]):
+            raise core.InputError(
+                f"{exports / chosen[unit]} holds no pushed version: run python -m course.{unit} first"
+            )
+    return chosen
+
+
+def predictor(url, model):
+    """`predict(bytes) -> {"probabilities": {label: p}, "version": v, "milliseconds": t}` over an endpoint's REST."""
+    connection = client.Client(url, model=model)
+
+    def predict(content):
+        version = max(int(state["version"]) for state in connection.status() if state["state"] == "AVAILABLE")
+        start = time.perf_counter()
+        (answer,) = connection.predict(instances=[content], version=version)
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        places = list(range(len(answer["probabilities"])))
+        names = connection.predict(instances=places, signature="classes", version=version)
+        probabilities = dict(zip(names, answer["probabilities"], strict=True))
+        return {"probabilities": probabilities, "version": version, "milliseconds": milliseconds}
+
+    return predict
+
+
+def pages(chosen, url):
+    """One Gradio interface for several units (`chosen`: unit -> model name), a tab each."""
+    import gradio as gr
+
+    interfaces = []
+    for unit, model in chosen.items():
+        module = importlib.import_module(f"course.{unit}")
+        if not hasattr(module, "demo"):
+            raise core.InputError(f"{unit} has no demo")
+        interfaces.append(module.demo(predictor(url, model)))
+    return interfaces[0] if len(interfaces) == 1 else gr.TabbedInterface(interfaces, list(chosen))
+
+
+def launch(chosen, url, host="127.0.0.1", port=7860):
+    """Show the pages until Ctrl-C; `InputError` for a taken port."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise core.InputError(f"port {port} of {host} is taken: give another --port, or 0 for any") from error
+        port = probe.getsockname()[1]
+    page = pages(chosen, url)
+    page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True)
+    print(f"demo:     http://{host}:{port}\nendpoint: {url}/v1/models\nCtrl-C ends it", flush=True)
+    try:
+        page.block_thread()
+    finally:
+        page.close()
+
+
+def main(argv=None):
+    """Parse the flags, start a server where none is named, show the pages."""
+    argv = [*argv] if argv is not None else []
+    units = []
+    while argv and not argv[0].startswith("-"):
+        units.append(argv.pop(0))
+    options = flags.read(Options(units=tuple(units)), argv, prog="python -m serving.demos", description=__doc__)
+    chosen = models(options)
+    with contextlib.ExitStack() as stack:
+        url = options.url
+        if not url:
+            bases = {model: Path(options.exports) / model for model in chosen.values()}
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            endpoint = stack.enter_context(pipeline.endpoint(bases, folder, rest_port=0, grpc_port=0))
+            for model, base in bases.items():
+                pipeline.wait_available(endpoint, [model], pipeline.versions(base)[-1])
+            url = endpoint.url
+        launch(chosen, url, options.host, options.port)
+
+
+if __name__ == "__main__":
+    core.cli(main)
