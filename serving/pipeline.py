@@ -574,7 +574,7 @@ def judge(version, base, examples, labels, **thresholds):
     return verdict | {"metrics": metrics, "baseline": have[-1] if have else None, "says": says}
 
 
-def bless(candidate, baseline, *, floor, max_drop, max_slice_drop):
+def bless(candidate, baseline, *, floor=0.0, max_drop, max_slice_drop):
     """The Evaluator's verdict, as {"verdict", "reasons"}: `candidate` and `baseline` are answers of `evaluate` on the
     same test split, `baseline` None where nothing has been pushed yet (then only the value threshold counts).
 

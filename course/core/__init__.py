@@ -15,7 +15,7 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "Progress": "checkpoint",
 }
-_MODULES = {"checkpoint", "data", "experiment", "export", "files", "plots", "report", "runtime", "flags"}
+_MODULES = {"checkpoint", "data", "experiment", "export", "files", "pages", "plots", "report", "runtime", "flags"}
 
 __all__ = ["InputError", "cli", *sorted(_HOMES), *sorted(_MODULES)]
 

@@ -86,6 +86,13 @@ def image_grid(images, titles=None, *, columns=8, title="", row_labels=None, col
     return figure
 
 
+def predictions(images, captions, right, *, title="", columns=8):
+    """Pictures under what a model says of them; the captions where `right` [N] is false are in colour."""
+    colours = ["black" if yes else "#D55E00" for yes in right]
+    title = f"{title} (wrong in colour)" if not all(right) else title
+    return image_grid(images, captions, colours=colours, columns=columns, cell=1.25, title=title)
+
+
 def confusion(matrix, labels, *, title=""):
     """Confusion matrix [C, C], rows the true class; colour is the share of the row, the number is the count."""
     matrix = np.asarray(matrix)
@@ -110,15 +117,16 @@ def confusion(matrix, labels, *, title=""):
     return figure
 
 
-def bars(values, *, title="", ylabel="", errors=None, form="{:.3g}", size=(5.4, 3.2)):
-    """A bar a name (`values`: name -> number), its value written above; `errors`: name -> half-width of an interval."""
-    figure, axes = plt.subplots(figsize=size)
-    names = list(values)
-    drawn = axes.bar(names, list(values.values()), yerr=[errors[name] for name in names] if errors else None, capsize=3)
-    axes.bar_label(drawn, labels=[form.format(value) for value in values.values()], fontsize=8, padding=2)
-    axes.margins(y=0.15)
-    axes.set(title=title, ylabel=ylabel)
-    axes.tick_params(axis="x", rotation=20 if max(map(len, map(str, names))) > 10 else 0)
+def bars(values, *, title="", ylabel="", errors=None, form="{:.3g}", size=None):
+    """A bar a name (`values`: name -> number) with its value beside it; `errors`: name -> half-width of an interval."""
+    figure, axes = plt.subplots(figsize=size or (5.6, 0.9 + 0.24 * len(values)))
+    names = list(values)[::-1]  # the first on top
+    widths = [errors[name] for name in names] if errors else None
+    drawn = axes.barh(names, [values[name] for name in names], xerr=widths, capsize=3)
+    axes.bar_label(drawn, labels=[form.format(values[name]) for name in names], fontsize=8, padding=3)
+    axes.margins(x=0.1)
+    axes.grid(visible=False, axis="y")
+    axes.set(title=title, xlabel=ylabel)
     return figure
 
 

@@ -9,8 +9,8 @@ def batches(arrays, batch, *, seed, epochs, first_epoch=0, transform=None):
     `arrays`: a tuple (or dict, or tuple of dicts) of arrays of equal length N.  Each epoch is a fresh permutation that
     is a function of (seed, epoch), so that a run continued at `first_epoch` sees exactly the batches it would have
     seen; the last N % batch examples of a permutation wait for another epoch, so that every step has one shape.
-    `transform`, a function of a batch in TensorFlow operations, runs in parallel on the host.  Give `fit`
-    `steps_per_epoch=N // batch`.
+    `transform`, in TensorFlow operations, takes a batch (a tuple's parts as arguments) and runs in parallel on the
+    host.  Give `fit` `steps_per_epoch=N // batch`.
     """
     import tensorflow as tf
 

@@ -1,0 +1,21 @@
+"""Gradio pages that several units show; gradio is imported when a page is made."""
+
+from pathlib import Path
+
+
+def image_classifier(predict, title):
+    """A page for a picture, over `predict(bytes) -> {"probabilities": {label: p}, "version": v, "milliseconds": t}`.
+
+    `predict` may be the model in this process or a call to an endpoint: the page is the same.
+    """
+    import gradio as gr
+
+    def show(path):
+        if path is None:
+            return None, "Choose a picture first."
+        answer = predict(Path(path).read_bytes())
+        return answer["probabilities"], f"Version {answer['version']} answered in {answer['milliseconds']:.1f} ms."
+
+    picture = gr.Image(type="filepath", label="picture (PNG, JPEG, GIF or BMP)")
+    outputs = [gr.Label(num_top_classes=5, label="class"), gr.Markdown()]
+    return gr.Interface(show, picture, outputs, title=title, flagging_mode="never")

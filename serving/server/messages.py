@@ -1,0 +1,54 @@
+"""The protocol's status and metadata messages, for gRPC and (as JSON) for REST."""
+
+from google.protobuf import json_format
+from tensorflow_serving.apis.get_model_metadata_pb2 import GetModelMetadataResponse, SignatureDefMap
+from tensorflow_serving.apis.get_model_status_pb2 import GetModelStatusResponse, ModelVersionStatus
+
+
+def status_message(manager, name, number=None):
+    """The `GetModelStatusResponse` for a model, or for one version of it."""
+    from grpc import StatusCode
+
+    response = GetModelStatusResponse()
+    for version, state, error in manager.statuses(name, number):
+        entry = response.model_version_status.add(version=version, state=ModelVersionStatus.State.Value(state))
+        if error is not None:
+            entry.status.error_code = StatusCode[error.code].value[0]
+        entry.status.error_message = error.message if error is not None else ""
+        entry.status.SetInParent()
+    return response
+
+
+def metadata_message(manager, name, number=None, label=""):
+    """The `GetModelMetadataResponse` for a version: its signatures."""
+    response = GetModelMetadataResponse()
+    signatures = SignatureDefMap()
+    with manager.lease(name, number, label) as version:
+        for key, signature in version.signatures.items():
+            signatures.signature_def[key].CopyFrom(signature.proto)
+        response.model_spec.name = name
+        response.model_spec.version.value = version.number
+    response.metadata["signature_def"].Pack(signatures)
+    return response
+
+
+def status_json(manager, name, number=None):
+    """The status as REST answers it (bytes)."""
+    return _to_json(status_message(manager, name, number))
+
+
+def metadata_json(manager, name, number=None, label=""):
+    """The metadata as REST answers it (bytes): the signature map stands where the message has an `Any`."""
+    response = metadata_message(manager, name, number, label)
+    signatures = SignatureDefMap()
+    response.metadata["signature_def"].Unpack(signatures)
+    return b'{\n"model_spec": %b,\n"metadata": {"signature_def": %b}\n}\n' % (
+        _to_json(response.model_spec),
+        _to_json(signatures),
+    )
+
+
+def _to_json(message):
+    return json_format.MessageToJson(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    ).encode()

@@ -1,0 +1,146 @@
+"""The main job from end to end on the smoke preset: pushed, refused, killed, resumed, and asked over the wire."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from course import core
+from course import day25_vision_pipeline as unit
+from serving import client, demos, pipeline
+
+pytestmark = pytest.mark.smoke
+ROOT = Path(__file__).parents[1]
+
+
+def words(folder, *more):
+    return ["--preset", "smoke", "--runs", str(folder / "runs"), "--exports", str(folder / "exports"),
+            "--rest-port", "0", "--grpc-port", "0", *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("day25")
+
+
+@pytest.fixture(scope="module")
+def pushed(folder):
+    return unit.main(words(folder))
+
+
+def says(record, component):
+    return next(row["says"] for row in record["lineage"] if row["component"] == component)
+
+
+def test_every_component_ran_in_order(pushed):
+    assert [row["component"] for row in pushed["lineage"]] == [
+        "ExampleGen", "StatisticsGen", "SchemaGen", "ExampleValidator", "Tuner", "Trainer", "Compressor", "Exporter",
+        "Evaluator", "InfraValidator", "Pusher", "Rehearsal", "Endpoint", "DriftMonitor",
+    ]  # fmt: skip
+    assert says(pushed, "Evaluator").startswith("BLESSED")
+    assert says(pushed, "InfraValidator").startswith("INFRA_BLESSED")
+    assert says(pushed, "Rehearsal").startswith("NOT_BLESSED")
+    assert pushed["data"]["name"] == "fashion_mnist_12k"
+    assert pushed["metrics"]["test_accuracy"] > 0.3  # ten classes; 40 steps of a tiny network
+
+
+def test_both_models_are_pushed_under_one_number_and_stay_servable(pushed, folder):
+    floats, lites = (pipeline.versions(folder / "exports" / name) for name in (unit.UNIT, f"{unit.UNIT}_lite"))
+    assert floats == lites
+    assert len(floats) == 1
+    assert (
+        pipeline.infra_validate({unit.UNIT: folder / "exports" / unit.UNIT / str(floats[0])})["verdict"]
+        == "INFRA_BLESSED"
+    )
+
+
+def test_a_worse_model_is_refused_and_the_old_version_keeps_serving(pushed, folder):
+    before = pipeline.versions(folder / "exports" / unit.UNIT)
+    record = unit.main(words(folder, "--worse"))
+    assert says(record, "Evaluator").startswith("NOT_BLESSED")
+    assert "Pusher" not in [row["component"] for row in record["lineage"]]
+    assert says(record, "Endpoint").startswith(f"version {before[0]};")
+    assert pipeline.versions(folder / "exports" / unit.UNIT) == before
+    assert says(record, "SchemaGen") == "of the last version"
+
+
+def test_the_demo_calls_the_endpoint(pushed, folder):
+    base = folder / "exports" / unit.UNIT
+    picture = next((folder / "runs").rglob("raw/test/*/*.png")).read_bytes()
+    with pipeline.endpoint({unit.UNIT: base}, folder, rest_port=0, grpc_port=0) as endpoint:
+        pipeline.wait_available(endpoint, [unit.UNIT], pipeline.versions(base)[-1])
+        answer = demos.predictor(endpoint.url, unit.UNIT)(picture)
+        assert answer["version"] == pipeline.versions(base)[-1]
+        assert len(answer["probabilities"]) == 10
+        assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+        page = demos.pages({unit.UNIT: unit.UNIT}, endpoint.url)
+        assert page.fn(None)[1] == "Choose a picture first."
+        with pytest.raises(client.ServingError, match=r"400: .*image"):
+            demos.predictor(endpoint.url, unit.UNIT)(b"not a picture")
+
+
+def test_a_demo_of_what_was_never_pushed_says_what_to_run(tmp_path):
+    with pytest.raises(core.InputError, match=r"python -m course\.day25_vision_pipeline first"):
+        demos.main(["day25_vision_pipeline", "--exports", str(tmp_path)])
+
+
+def test_a_taken_port_is_one_line_and_nothing_is_lost(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(core.InputError, match=f"{port}.*taken"):
+            unit.main([*words(tmp_path), "--rest-port", port])
+    assert pipeline.versions(tmp_path / "exports" / unit.UNIT) == []
+
+
+def start_and_kill(folder, when, patch=""):
+    """Run the unit in a process of its own and kill -9 it as soon as `when()` is true, or by its own `patch`."""
+    code = f"""
+        import os, signal
+        {patch}
+        from course import day25_vision_pipeline as unit
+        unit.main({words(folder, "--steps", "200")!r})
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, env=os.environ)
+    children = []
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        children = psutil.Process(process.pid).children(recursive=True) or children
+        if when():
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.05)
+    assert process.wait(60) == -signal.SIGKILL
+    assert children, "the endpoint is a child process"
+    psutil.wait_procs(children, timeout=20)
+    assert not any(child.is_running() for child in children), "a server outlived the pipeline that had started it"
+
+
+def test_kill_9_in_training_and_in_the_export_is_continued_by_the_same_command(tmp_path, capsys):
+    run = tmp_path / "runs" / unit.UNIT / "smoke+steps=200-s0"
+    base = tmp_path / "exports" / unit.UNIT
+    start_and_kill(tmp_path, (run / "checkpoints" / "model" / "state.npz").exists)
+    assert pipeline.versions(base) == []
+
+    patch = (
+        "import keras; write = keras.export.ExportArchive.write_out\n        "
+        "def die(*words, **options): write(*words, **options); os.kill(os.getpid(), signal.SIGKILL)\n        "
+        "keras.export.ExportArchive.write_out = die"
+    )
+    start_and_kill(tmp_path, lambda: False, patch)
+    assert (run / "stages" / "Trainer.json").exists()
+    assert pipeline.versions(base) == []
+    trained = json.loads((run / "stages" / "Trainer.json").read_text())
+
+    capsys.readouterr()
+    record = unit.main(words(tmp_path, "--steps", "200"))
+    assert "going on with the interrupted run" in capsys.readouterr().out
+    assert record["history"] == trained["answer"]["history"]  # not trained again
+    assert len(pipeline.versions(base)) == 1

@@ -1,0 +1,300 @@
+"""The pipeline's steps: what they refuse, what they keep, and what a kill leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from course.core import InputError, files
+from serving import pipeline
+
+ROOT = Path(__file__).parents[1]
+
+
+def picture(path, seed, *, grey=True, side=20, shift=0):
+    """A PNG of noise, its own for every seed."""
+    import cv2
+
+    shape = (side, side) if grey else (side, side, 3)
+    noise = np.random.default_rng(seed).integers(0, 100, shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), (noise + shift).astype(np.uint8))
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Two classes of 20 grey pictures, the second one brighter."""
+    for k, name in enumerate(("cat", "dog")):
+        for i in range(20):
+            picture(tmp_path / "raw" / name / f"{i:03d}.png", 100 * k + i, shift=100 * k)
+    return tmp_path / "raw"
+
+
+def ingest(source, name="examples", **options):
+    folder = source.parent / name
+    return folder, pipeline.ingest(source, folder, **({"seed": 0} | options))
+
+
+# --- ExampleGen ------------------------------------------------------------------------------------------------------
+
+
+def test_every_picture_lands_in_one_split_and_comes_back_as_it_was(source):
+    folder, manifest = ingest(source)
+    assert manifest["labels"] == ["cat", "dog"]
+    assert manifest["examples"] == {"train": 30, "val": 4, "test": 6}  # 10 % and 15 % of each class, rounded up
+    seen = []
+    for name in pipeline.SPLITS:
+        part = pipeline.read(folder, name)
+        stored = list(pipeline.contents(part).as_numpy_iterator())
+        for content, filename, label in zip(stored, part.filename, part.label, strict=True):
+            assert content == (source / filename).read_bytes()
+            assert manifest["labels"][label] == filename.split("/")[0]
+        seen += part.filename
+    assert len(seen) == len(set(seen)) == 40
+
+
+def test_copies_of_a_picture_never_cross_the_split_whatever_their_format(source):
+    import cv2
+
+    for i in range(20):  # the same pixels under other names and in another format
+        image = cv2.imread(str(source / "cat" / f"{i:03d}.png"), cv2.IMREAD_GRAYSCALE)
+        cv2.imwrite(str(source / "cat" / f"copy{i}.bmp"), image)
+    folder, manifest = ingest(source)
+    assert sum(manifest["examples"].values()) == 40
+    assert [anomaly["text"] for anomaly in manifest["anomalies"]] == ["20 copies of a picture were left out"]
+    hashes = [set(pipeline.read(folder, name).filename) for name in pipeline.SPLITS]
+    stems = [
+        {Path(name).stem.removeprefix("copy").lstrip("0") or "0" for name in part if "cat" in name} for part in hashes
+    ]
+    assert not (stems[0] & stems[1] or stems[0] & stems[2] or stems[1] & stems[2])
+
+
+def test_a_picture_moves_to_no_other_side_when_pictures_are_added(source):
+    folder, _ = ingest(source)
+    before = {name: set(pipeline.read(folder, name).filename) for name in pipeline.SPLITS}
+    for i in range(20, 60):
+        picture(source / "cat" / f"{i:03d}.png", 1000 + i)
+    after_folder, _ = ingest(source, "more")
+    after = {name: set(pipeline.read(after_folder, name).filename) for name in pipeline.SPLITS}
+    assert not before["train"] & after["test"]
+
+
+def test_one_picture_under_two_labels_is_reported_and_kept_under_none(source):
+    content = (source / "cat" / "000.png").read_bytes()
+    (source / "dog" / "same.png").write_bytes(content)
+    folder, manifest = ingest(source)
+    assert [anomaly["anomaly"] for anomaly in manifest["anomalies"]] == ["LABEL_CONFLICT"]
+    names = [name for split in pipeline.SPLITS for name in pipeline.read(folder, split).filename]
+    assert not {"cat/000.png", "dog/same.png"} & set(names)
+
+
+def test_a_given_test_part_is_kept_and_its_copies_leave_training(tmp_path):
+    for part, count, start in (("train", 12, 0), ("test", 5, 500)):
+        for k, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                picture(tmp_path / "raw" / part / name / f"{i}.png", start + 100 * k + i)
+    picture(tmp_path / "raw" / "train" / "cat" / "leak.png", 500)  # as test/cat/0.png
+    folder, manifest = ingest(tmp_path / "raw")
+    assert manifest["examples"] == {"train": 20, "val": 4, "test": 10}
+    assert "cat/leak.png" not in pipeline.read(folder, "train").filename
+
+
+def test_a_corrupt_picture_stops_with_its_name_and_leaves_nothing(source):
+    broken = source / "cat" / "007.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(InputError, match=r"cat/007\.png cannot be decoded .*--skip-corrupt"):
+        ingest(source)
+    assert [path.name for path in source.parent.iterdir()] == ["raw"]
+    _, manifest = ingest(source, skip_corrupt=True)
+    assert sum(manifest["examples"].values()) == 39
+    assert manifest["anomalies"][0]["anomaly"] == "CORRUPT_IMAGE"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda raw: (raw / "owl").mkdir(), "class owl is empty"),
+        (lambda raw: [path.unlink() for path in (raw / "dog").iterdir()], "class dog is empty"),
+        (lambda raw: [path.unlink() for path in (raw / "dog").iterdir()] and (raw / "dog").rmdir(), "fewer than two"),
+    ],
+)
+def test_folders_that_cannot_be_learned_from_are_refused(source, spoil, said):
+    spoil(source)
+    with pytest.raises(InputError, match=said):
+        ingest(source)
+    assert not (source.parent / "examples").exists()
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is not a folder"):
+        pipeline.ingest(tmp_path / "nowhere", tmp_path / "examples", seed=0)
+
+
+def test_a_damaged_shard_is_found_by_its_checksum(source):
+    folder, _ = ingest(source)
+    (shard,) = folder.glob("val-*")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(InputError, match="is damaged"):
+        pipeline.read(folder, "val")
+
+
+def test_pixels_are_fitted_as_the_served_graph_fits_them(source):
+    folder, _ = ingest(source)
+    part = pipeline.read(folder, "train")
+    same = pipeline.pixels(part, (20, 20, 1))
+    assert same.shape == (30, 20, 20, 1)
+    assert part.brightness[0] == pytest.approx(same[0].mean(), abs=1e-3)
+    assert pipeline.pixels(part, (16, 24, 3), count=2).shape == (2, 16, 24, 3)
+
+
+# --- statistics, schema, anomalies -----------------------------------------------------------------------------------
+
+
+def test_a_schema_accepts_the_data_it_was_inferred_from_and_names_what_differs(source):
+    folder, manifest = ingest(source)
+    found = pipeline.statistics(pipeline.read(folder, "train"), manifest["labels"])
+    schema = pipeline.infer_schema(found)
+    assert pipeline.validate(found, schema) == []
+
+    other = json.loads(json.dumps(found))
+    other["classes"] = {"cat": 28, "owl": 2}
+    other["formats"] = {"gif": 30}
+    other["channels"] = 3
+    other["side"] = {"min": 2, "median": 20, "max": 20}
+    other["brightness"]["histogram"] = found["brightness"]["histogram"][::-1]
+    named = {anomaly["anomaly"]: anomaly["severity"] for anomaly in pipeline.validate(other, schema)}
+    assert named == {
+        "UNEXPECTED_LABEL": "error", "MISSING_LABEL": "error", "UNEXPECTED_CHANNELS": "error",
+        "UNEXPECTED_FORMAT": "warning", "SIZE_OUT_OF_DOMAIN": "warning", "CLASS_SKEW": "warning",
+        "BRIGHTNESS_DRIFT": "warning",
+    }  # fmt: skip
+    with pytest.raises(InputError, match="owl is not in the schema"):
+        pipeline.verdict_on(pipeline.validate(other, schema))
+
+
+def test_drift_is_0_for_the_same_1_for_the_disjoint_and_the_formula_between():
+    assert pipeline.drift([1, 2, 3], [2, 4, 6]) == pytest.approx(0, abs=1e-12)
+    assert pipeline.drift([1, 0], [0, 5]) == pytest.approx(1)
+    # P = (1, 0), Q = (1/2, 1/2): H(3/4, 1/4) - (0 + 1) / 2
+    expected = -(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25)) - 0.5
+    assert pipeline.drift([1, 0], [1, 1]) == pytest.approx(expected)
+
+
+# --- Evaluator -------------------------------------------------------------------------------------------------------
+
+
+class Split:
+    """As much of `Examples` as the Evaluator reads."""
+
+    label = np.array([0, 0, 1, 1])
+    brightness = np.array([10.0, 20.0, 30.0, 40.0])
+
+
+def test_metrics_against_values_worked_by_hand():
+    found = pipeline.evaluate(np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.3, 0.7]]), Split, ["a", "b"])
+    assert found["accuracy"] == 0.75
+    assert found["confusion"] == [[1, 1], [0, 2]]
+    assert found["cross_entropy"] == pytest.approx(-np.log([0.9, 0.4, 0.8, 0.7]).mean())
+    assert found["slices"]["class=a"] == {"accuracy": 0.5, "examples": 2}
+    assert found["slices"]["brightness=dark quarter"] == {"accuracy": 0.0, "examples": 1}
+    # four bins with one example each: |1-.9|, |0-.6|, |1-.8|, |1-.7|, a quarter each
+    assert found["calibration_error"] == pytest.approx((0.1 + 0.6 + 0.2 + 0.3) / 4)
+
+
+def test_wilsons_interval():
+    low, high = pipeline.wilson(8, 10)  # Newcombe 1998's formula, worked out: (0.4902, 0.9433)
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert pipeline.wilson(10, 10)[1] == pytest.approx(1)
+
+
+def metrics(accuracy, **slices):
+    return {
+        "accuracy": accuracy,
+        "slices": {name: {"accuracy": value, "examples": 100} for name, value in slices.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("candidate", "baseline", "verdict"),
+    [
+        (metrics(0.90), None, "BLESSED"),  # the first version: only the floor counts
+        (metrics(0.10), None, "NOT_BLESSED"),
+        (metrics(0.90), metrics(0.905), "BLESSED"),
+        (metrics(0.90), metrics(0.92), "NOT_BLESSED"),
+        (metrics(0.95, a=0.6), metrics(0.92, a=0.9), "NOT_BLESSED"),  # better on the whole, useless on a slice
+        (metrics(float("nan")), None, "NOT_BLESSED"),
+    ],
+)
+def test_blessing(candidate, baseline, verdict):
+    answer = pipeline.bless(candidate, baseline, floor=0.5, max_drop=0.01, max_slice_drop=0.1)
+    assert answer["verdict"] == verdict
+    assert bool(answer["reasons"]) == (verdict == "NOT_BLESSED")
+
+
+# --- Pusher ----------------------------------------------------------------------------------------------------------
+
+
+def version_folder(path, content="weights"):
+    (path / "variables").mkdir(parents=True)
+    (path / "saved_model.pb").write_text("graph")
+    (path / "variables" / "data").write_text(content)
+    return path
+
+
+def test_push_and_roll_back(tmp_path):
+    base = tmp_path / "exports" / "model"
+    for number in (5, 12):
+        pipeline.push(version_folder(tmp_path / "made" / str(number)), base)
+    assert pipeline.versions(base) == [5, 12]
+    pipeline.push(tmp_path / "made" / "12", base)  # again, as after a kill: no harm
+    assert pipeline.versions(base) == [5, 12]
+    assert pipeline.roll_back(base) == (12, 5)
+    assert pipeline.versions(base) == [5]
+    with pytest.raises(InputError, match="none to roll back to"):
+        pipeline.roll_back(base)
+
+
+def test_kill_9_in_a_push_leaves_no_version_and_the_next_push_makes_it(tmp_path):
+    made, base = version_folder(tmp_path / "made" / "7"), tmp_path / "model"
+    code = f"""
+        import os, shutil, signal
+        from serving import pipeline
+        def half(source, target, **options):
+            shutil.copy(source / "saved_model.pb", target)
+            os.kill(os.getpid(), signal.SIGKILL)
+        shutil.copytree = half
+        pipeline.push({str(made)!r}, {str(base)!r})
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, env=os.environ, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert pipeline.versions(base) == []
+    assert [path for path in base.iterdir() if path.name.startswith(files.TEMPORARY)]
+    pipeline.push(made, base)
+    assert pipeline.versions(base) == [7]
+    assert not [path for path in base.iterdir() if path.name.startswith(files.TEMPORARY)]
+    assert (base / "7" / "variables" / "data").read_text() == "weights"
+
+
+def test_an_unwritable_exports_folder_is_bad_input(tmp_path):
+    (tmp_path / "exports").write_text("a file in the way")
+    with pytest.raises(InputError, match="cannot write in the folder"):
+        pipeline.push(version_folder(tmp_path / "made" / "7"), tmp_path / "exports" / "model")
+
+
+def test_models_config_is_what_the_stock_server_parses(tmp_path):
+    from google.protobuf import text_format
+    from tensorflow_serving.config import model_server_config_pb2
+
+    text = pipeline.models_config({"a": tmp_path / "a", "b": tmp_path / "b"})
+    parsed = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
+    assert [(entry.name, entry.base_path) for entry in parsed.model_config_list.config] == [
+        ("a", str(tmp_path / "a")), ("b", str(tmp_path / "b"))
+    ]  # fmt: skip
