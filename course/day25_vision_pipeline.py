@@ -58,7 +58,7 @@ class Config:
 
 
 PRESETS = {
-    "smoke": dict(data="fashion_mnist_12k", limit=40, width=8, steps=40, batch=32, rates=(0.05,), trial_steps=4),
+    "smoke": dict(data="fashion_mnist_12k", limit=40, width=8, steps=120, batch=32, rates=(0.1,), trial_steps=4),
     "cpu": dict(data="fashion_mnist_12k"),
     "full": {},
 }
@@ -319,7 +319,7 @@ def main(argv=None):
         data = examine(cfg, run, bases[name], step)
         run.record["data"] = pipeline.provenance(run.folder)
         rate = step("Tuner", lambda: tune(cfg, data))["rate"]
-        history = step("Trainer", lambda: train(cfg, run, data, rate))["history"]
+        history = run.record["history"] = step("Trainer", lambda: train(cfg, run, data, rate))["history"]
         classifier = keras.models.load_model(run.folder / "classifier.keras")
         lighter = step("Compressor", lambda: compress(cfg, run.folder / "lite", classifier, data))
         content, candidate = (run.folder / "lite" / f"{lighter['best']}.tflite").read_bytes(), run.folder / "candidate"

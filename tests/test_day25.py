@@ -49,7 +49,9 @@ def test_every_component_ran_in_order(pushed):
     assert says(pushed, "InfraValidator").startswith("INFRA_BLESSED")
     assert says(pushed, "Rehearsal").startswith("NOT_BLESSED")
     assert pushed["data"]["name"] == "fashion_mnist_12k"
-    assert pushed["metrics"]["test_accuracy"] > 0.3  # ten classes; 40 steps of a tiny network
+    assert (
+        pushed["metrics"]["test_accuracy"] > 0.4
+    )  # ten classes, 36 training pictures each, 120 steps of a tiny network
 
 
 def test_both_models_are_pushed_under_one_number_and_stay_servable(pushed, folder):
@@ -129,11 +131,8 @@ def test_kill_9_in_training_and_in_the_export_is_continued_by_the_same_command(t
     start_and_kill(tmp_path, (run / "checkpoints" / "model" / "state.npz").exists)
     assert pipeline.versions(base) == []
 
-    patch = (
-        "import keras; write = keras.export.ExportArchive.write_out\n        "
-        "def die(*words, **options): write(*words, **options); os.kill(os.getpid(), signal.SIGKILL)\n        "
-        "keras.export.ExportArchive.write_out = die"
-    )
+    # the SavedModel is written, the folder not yet renamed
+    patch = "from course.core import export; export.write_warmup = lambda *words: os.kill(os.getpid(), signal.SIGKILL)"
     start_and_kill(tmp_path, lambda: False, patch)
     assert (run / "stages" / "Trainer.json").exists()
     assert pipeline.versions(base) == []

@@ -164,6 +164,32 @@ def test_what_is_wrong_is_named(body, parts):
         assert part in caught.value.message
 
 
+@given(st.lists(st.dictionaries(st.text(max_size=3), nested, max_size=3), max_size=3), st.none() | nested)
+def test_any_examples_are_answered_or_refused(examples, context):
+    document = {"examples": examples} if context is None else {"examples": examples, "context": context}
+    try:
+        _, serialised = codec.decode_examples(json.dumps(document).encode())
+    except StatusError as error:
+        assert error.code == "INVALID_ARGUMENT"
+    else:
+        assert len(serialised) == len(examples) > 0
+
+
+@pytest.mark.parametrize("text", [b'"\\ud800"', b'"\xff"'])
+def test_what_is_no_unicode_is_refused_or_passed_on(text):
+    with pytest.raises(StatusError) as caught:
+        codec.decode_predict(b'{"instances": [%b]}' % text, lambda _: specs("float"))
+    assert json.loads(codec.encode_error(caught.value.message))["error"].startswith("Failed to process element: 0")
+    with pytest.raises(StatusError, match="no valid Unicode"):
+        codec.decode_examples(b'{"examples": [{%b: 1}]}' % text)
+    body = b'{"instances": [%b]}' % text
+    if text == b'"\xff"':  # the stock server does not look inside strings either
+        assert codec.decode_predict(body, lambda _: specs("string")).inputs["x"].tolist() == [b"\xff"]
+    else:
+        with pytest.raises(StatusError, match="The surrogate pair in string is invalid"):
+            codec.decode_predict(body, lambda _: specs("string"))
+
+
 def test_deep_nesting_is_answered():
     deep = b"[" * 500_000 + b"]" * 500_000
     for key in (b"signature_name", b"instances"):

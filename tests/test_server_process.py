@@ -1,9 +1,12 @@
 """The server as a process: its flags, its start and its end."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from course.core.errors import InputError
 from serving import client as client_module
 from serving.client import Client, ServingError
 from serving.server import serve, spawn
-from serving.server.__main__ import _stock_booleans
+from serving.server.__main__ import _stock_booleans, _stop_at_end_of_input
 from serving.server.settings import Settings, read_batching
 from tests import serving_models
 
@@ -34,6 +37,21 @@ def test_a_child_serves_and_is_reaped(folder):
             assert client.predict_grpc({"x": np.float32([2.0])})["y"] == [3.0]
         server.process.send_signal(signal.SIGTERM)  # leaving the block sends another, which is no harm
     assert server.process.returncode == 0  # it drained: SIGTERM alone would have left -15
+
+
+def test_a_child_ends_with_its_parent(monkeypatch):
+    read, write = os.pipe()
+    stopped = threading.Event()
+    with os.fdopen(read) as monkeypatched:
+        monkeypatch.setattr(sys, "stdin", monkeypatched)
+        running = SimpleNamespace(stop=stopped.set)
+        thread = threading.Thread(target=_stop_at_end_of_input, args=(running,))
+        thread.start()
+        os.write(write, b"what is written is of no account")
+        assert not stopped.wait(0.2)
+        os.close(write)  # as the kernel does for a parent that is killed
+        assert stopped.wait(10)
+        thread.join()
 
 
 def test_a_taken_port_is_one_clear_line(folder):

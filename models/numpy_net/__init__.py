@@ -7,8 +7,7 @@ Conventions that all modules keep:
   of the forward, in its order.  `d_out` is dL/dout and has out's shape; every gradient has the shape of its array.
 - A loss takes (scores, targets) and returns (mean loss, dL/dscores): the two are cheaper, and stabler, together.
 - The dtype of the input is kept: float32 to train, float64 to check gradients.
+
+Modules: layers, losses, initialisers, optim; net (a network of any depth of them); gradcheck (finite differences) and
+checks (what a network must pass); twin (the same network in Keras: the only module that needs TensorFlow).
 """
-
-from models.numpy_net import checks, gradcheck, initialisers, layers, losses, net, optim, twin
-
-__all__ = ["checks", "gradcheck", "initialisers", "layers", "losses", "net", "optim", "twin"]

@@ -85,6 +85,6 @@ def draw(compared):
     for line in difference.lines[:-1]:
         line.set(linestyle="", marker=".")
     difference.lines[-1].set(color="grey", linewidth=0.8)
-    difference.set_ylim(top=1e-4)
+    difference.set_ylim(top=10 * max(1e-5, *(gap.max() for gap in gaps.values())))  # room for the legend
     difference.legend(loc="upper center", ncols=3, columnspacing=1)
     return figure

@@ -25,8 +25,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from course.core.errors import InputError
+from serving.server.status import StatusError
 
-__all__ = ["ChildServer", "Server", "serve", "spawn"]
+__all__ = ["ChildServer", "Server", "StatusError", "serve", "spawn"]
 
 
 @dataclass
@@ -54,8 +55,6 @@ class ChildServer:
 
     def wait_available(self, version=None, timeout=60):
         """Wait until a version (any, where None) serves; `StatusError` with its error, or when the time is up."""
-        from serving.server.status import StatusError
-
         what = f"/v1/models/{quote(self.model_name, safe='')}" + ("" if version is None else f"/versions/{version}")
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -119,7 +118,8 @@ def serve(model_name="default", base_path="", *, rest_port=0, grpc_port=0, host=
 def spawn(model_name="default", base_path="", *, rest_port=0, grpc_port=0, host="127.0.0.1", timeout=120, **settings):
     """`serve` in a child process, which is ended and reaped with the `with` block; yields a `ChildServer`.
 
-    What the model does (crash, leak, hold the interpreter's lock) stays in the child.
+    What the model does (crash, leak, hold the interpreter's lock) stays in the child.  A parent that is killed takes
+    the child with it: its end of the pipe to the child's standard input closes.
     """
     flags = {
         "model_name": model_name,
@@ -127,14 +127,14 @@ def spawn(model_name="default", base_path="", *, rest_port=0, grpc_port=0, host=
         "host": host,
         "rest_api_port": rest_port or -1,
         "port": grpc_port or -1,
+        "exit_with_parent": True,
         **settings,
     }
     command = [sys.executable, "-m", "serving.server", *(f"--{name}={value}" for name, value in flags.items())]
     root = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}
-    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, text=True, env={**os.environ, "PYTHONPATH": paths}, **pipes)
     errors, addresses = [], {}
     reading = [
         threading.Thread(target=_read, args=arguments, daemon=True)
@@ -162,6 +162,7 @@ def spawn(model_name="default", base_path="", *, rest_port=0, grpc_port=0, host=
         process.wait()
         for thread in reading:
             thread.join(5)
+        process.stdin.close()
         process.stdout.close()
         process.stderr.close()
 

@@ -1,6 +1,7 @@
 """`python -m serving.server --model_name m --model_base_path DIR`: serve until SIGTERM or Ctrl-C."""
 
 import dataclasses
+import os
 import signal
 import sys
 import threading
@@ -20,6 +21,8 @@ def main(argv):
     running = Running(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: running.stop())
+    if settings.exit_with_parent:
+        threading.Thread(target=_stop_at_end_of_input, args=(running,), daemon=True).start()
     running.run(lambda: threading.Thread(target=_announce, args=(running,), daemon=True).start())
 
 
@@ -35,6 +38,13 @@ def _stock_booleans(argv):
             word = f"--{name}" if value.lower() in _TRUE else f"--no_{name}"
         words.append(word)
     return words
+
+
+def _stop_at_end_of_input(running):
+    """Stop the server when standard input ends, which it does when the parent is gone."""
+    while os.read(sys.stdin.fileno(), 4096):  # `sys.stdin` itself holds a lock that aborts the interpreter's exit
+        pass
+    running.stop()
 
 
 def _announce(running):

@@ -78,11 +78,7 @@ class SavedModel:
             self._check_shapes(signature, inputs)
         call = self._calls.get((signature.name, outputs)) or self._compile(signature, outputs)
         try:
-            values = (
-                call(*inputs.values())
-                if list(inputs) == list(signature.inputs)
-                else call(*(inputs[alias] for alias in signature.inputs))
-            )
+            values = call(*(inputs[alias] for alias in signature.inputs))
         except self._tf.errors.OpError as error:
             raise _from_op_error(error, f". Expected signature: {signature}") from error
         return dict(zip(outputs, map(_as_array, values), strict=True))

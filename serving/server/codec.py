@@ -381,7 +381,11 @@ def _example(value):
         raise invalid(f"Example must be JSON object but got JSON {jsontext.kind(value)}")
     example = Example()
     for name, content in value.items():
-        _fill(example.features.feature[name], name, content if isinstance(content, list) else [content])
+        try:
+            feature = example.features.feature[name]
+        except (UnicodeEncodeError, ValueError):  # what only an escape can write, or bytes that are no UTF-8
+            raise invalid(f"Feature name {show(name)} is no valid Unicode") from None
+        _fill(feature, name, content if isinstance(content, list) else [content])
     return example.SerializeToString()
 
 
@@ -473,4 +477,4 @@ def encode_regressions(values):
 
 def encode_error(message):
     """The body of every refusal."""
-    return f'{{"error": {jsontext.quote(message.encode("utf-8", "surrogateescape"))}}}'.encode()
+    return f'{{"error": {jsontext.quote(message.encode("utf-8", "replace"))}}}'.encode()

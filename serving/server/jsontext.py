@@ -1,8 +1,8 @@
 """JSON text as the protocol reads and writes it.
 
 Reading follows the stock server's parser: bare NaN and Infinity are numbers, text after the document is ignored, the
-first of two equal keys counts, and deep nesting is read as well.  Writing follows its number rule: six significant digits
-where they read back to the same number, otherwise all of them, and whole numbers keep a `.0`.
+first of two equal keys counts, and deep nesting is read as well.  Writing follows its number rule: six significant
+digits where they read back to the same number, otherwise all of them, and whole numbers keep a `.0`.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def _parse_deep(text, position):
         return invalid(f"JSON Parse error: {what} at offset: {offset}")
 
     def skip(at):
-        return _SPACE.match(text, at).end()
+        return _SPACE.match(text, at).end() if text[at : at + 1] in " \t\n\r" else at
 
     def string(at):
         try:
@@ -73,7 +73,7 @@ def _parse_deep(text, position):
     while True:
         # a value starts at `position`
         character = text[position : position + 1]
-        if character in ("[", "{") and character:
+        if character == "[" or character == "{":
             container, closing = ([], "]") if character == "[" else ({}, "}")
             at = skip(position + 1)
             if text[at : at + 1] != closing:

@@ -48,6 +48,7 @@ class Settings:
     rest_api_enable_cors_support: bool = False  # answer browsers of any origin
     rest_api_max_body_bytes: int = 100 * MIB  # larger request bodies are answered 413
     grpc_max_message_bytes: int = 1024 * MIB  # both ways
+    exit_with_parent: bool = False  # stop when standard input closes: whoever started this process has gone
     num_load_threads: int = 1  # versions loaded at the same time
     tensorflow_intra_op_parallelism: int = 0  # threads inside one operation; 0 lets TensorFlow choose
     tensorflow_inter_op_parallelism: int = 0  # operations at the same time; 0 lets TensorFlow choose
