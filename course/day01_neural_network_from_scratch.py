@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import math
 import time
-import types
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -122,9 +121,8 @@ def step(net, x, y, lr, loss=losses.softmax_cross_entropy):
 
 # %% [markdown]
 # ## Learning
-# An epoch visits every example once, in a fresh order, a small batch at a time: the gradient of 32 examples is noisy,
-# but 1,719 such steps cost no more than one with all 55,000. The order depends on seed and epoch alone, so that an
-# interrupted run goes on with the very batches it would have seen.
+# An epoch visits every example once, a small batch at a time: the gradient of 32 examples is noisy, but 1,719 such
+# steps cost no more than one with all 55,000. The order depends on seed and epoch alone, so a killed run can go on.
 
 
 # %%
@@ -149,17 +147,16 @@ def train(net, examples, held_out, cfg, resume):
 
 
 def evaluate(net, x, y):
-    """Mean cross-entropy, and the share of wrong answers in per cent."""
+    """The share of wrong answers, in per cent, that of right ones, and the mean cross-entropy."""
     scores, _ = forward(net, x)
     error = 100 * float((scores.argmax(axis=1) != y).mean())
-    return {"loss": float(losses.softmax_cross_entropy(scores, y)[0]), "error": error}
+    return {"error": error, "accuracy": 100 - error, "loss": float(losses.softmax_cross_entropy(scores, y)[0])}
 
 
 # %% [markdown]
 # ## XOR
-# No straight line separates the two classes of these four points: a linear model gets at most three right, and its
-# best loss is $\log 2$, the answer "one half" everywhere. Two hidden units suffice in principle; whether gradient
-# descent gets there depends on where it starts, so every kind of network is started several times.
+# No straight line separates these two classes of two points: a linear model gets at most three right, and its best loss
+# is $\log 2$. Two hidden units suffice in principle; whether gradient descent gets there depends on where it starts.
 
 # %%
 XOR = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=float), np.array([[0], [1], [1], [0]], dtype=float)
@@ -175,20 +172,17 @@ def learn_xor(units, activation, cfg, trial):
 
 def xor_table(cfg):
     """For each kind of network: in how many of the trials all four corners came out right."""
-    rows = []
-    for units, activation in [(0, "identity"), *itertools.product((4, 3, 2), ("sigmoid", "tanh", "relu"))]:
-        right = [learn_xor(units, activation, cfg, trial)[2] for trial in range(cfg.xor_trials)]
-        rows.append({"hidden units": units, "activation": activation, "trials": cfg.xor_trials,
-                     "solved": right.count(4), "most corners right": max(right)})  # fmt: skip
-    return rows
+    kinds = [(0, "identity"), *itertools.product((4, 3, 2), ("sigmoid", "tanh", "relu"))]
+    right = {kind: [learn_xor(*kind, cfg, trial)[2] for trial in range(cfg.xor_trials)] for kind in kinds}
+    return [{"hidden units": units, "activation": activation, "trials": cfg.xor_trials, "solved": corners.count(4),
+             "most corners right": max(corners)} for (units, activation), corners in right.items()]  # fmt: skip
 
 
 # %% [markdown]
 # ## First check: finite differences
 # A wrong backward pass often still learns, only worse. So each derivative is compared with
-# $\bigl(L(w + h) - L(w - h)\bigr) / 2h$ in float64: every layer and loss alone, whole networks of several depths, and
-# random coordinates of the network that reads the digits. Where a step of $h$ carries a ReLU across its kink there is
-# no derivative to compare with: such coordinates are left out, and counted.
+# $\bigl(L(w + h) - L(w - h)\bigr) / 2h$ in float64: every layer and loss alone, whole networks, and a sample of the one
+# that reads the digits. Where a step of $h$ carries a ReLU across its kink, the coordinate is left out, and counted.
 #
 # ## Second check: a tape
 # The other way to derivatives: numbers that write down what was done to them. Each `Scalar` notes its operands and the
@@ -197,10 +191,9 @@ def xor_table(cfg):
 # idea of TensorFlow's GradientTape; eqs. 4 and 5 are what it comes to for whole matrices.
 #
 # ## Third check: Keras
-# `models/numpy_net/twin.py` builds the same network of `keras.layers.Dense`, holding our first weights. Its gradients,
-# by GradientTape, must be ours; and fed the same batches it must lose the same at every step. In float64 it does, to
-# the last digit that Keras logs; in float32 the long steps amplify the rounding of those before them, from some starts
-# to a difference that shows. Both are recorded: only the first tells whether the two programs are the same.
+# `models/numpy_net/twin.py` builds the same network in Keras with our first weights. Its gradients, by GradientTape,
+# must be ours; fed the same batches it must lose the same at every step. In float64 it does, to the last digit logged;
+# in float32 long steps amplify rounding, from some starts to a difference that shows. Both are recorded.
 #
 # `checks.sanity` asks four quicker questions: is the first loss $\log C$, can 50 examples be learned by heart, do
 # scores of $10^4$ stay finite, does the saved network answer like the one in memory?
@@ -260,9 +253,8 @@ def scalar_gradients(net, x, y):
 
 def check_gradients(net, x, y, rng):
     """Rows of two tables: finite differences (of `net` on the digits, a sample), and a small network by other ways."""
-    found = checks.dense(rng) | checks.networks(forward, backward, rng)
-    found["digits net, sampled"] = checks.network(forward, backward, nets.cast(net, np.float64), x.astype(np.float64),
-                                                  y, samples=25, rng=rng)  # fmt: skip
+    found, exact = checks.dense(rng) | checks.networks(forward, backward, rng), nets.cast(net, np.float64)
+    found["digits net, sampled"] = checks.network(forward, backward, exact, x.astype(float), y, samples=25, rng=rng)
     small = nets.create(rng, (4, 5, 5, 3), dtype=np.float64)
     x, y = rng.standard_normal((6, 4)), rng.integers(0, 3, 6)
     scores, memory = forward(small, x)
@@ -275,7 +267,6 @@ def check_gradients(net, x, y, rng):
     return checks.rows(found), same
 
 
-# %%
 def draw_xor(cfg):
     """Where a linear model and a network with four hidden units say 1, and their losses."""
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.3), width_ratios=(1, 1, 1.3))
@@ -325,29 +316,26 @@ def main(argv=None):
                  for dtype in ("float64", "float32")}  # fmt: skip
         quick, xor = checks.sanity(net, step, x, y, run.folder / "untrained.npz"), xor_table(cfg)
 
-        resume = run.checkpoint(types.SimpleNamespace(variables=[]), "net")  # NumPy's state goes into its `arrays`
+        resume = run.checkpoint(None, "net")  # NumPy's state goes into its `arrays`
         net.params.update(resume.arrays)
         train(net, (x, y), (x_held, y_held), cfg, resume)
         nets.save(net, run.folder / "model.npz")
 
         test = evaluate(net, x_test, data.y_test)
         run.record |= {
-            "data": data.provenance,
-            "data_xor": "the four points, written out in the unit (synthetic)",
+            "data": [data.provenance, {"name": "xor", "source": "four points, written out", "synthetic": True}],
             "history": resume.history,
             "tables": {"gradient check": gradients, "the same gradients": views, "xor": xor},
-            "metrics": quick | {
-                "test_accuracy": 100 - test["error"], "test_error": test["error"], "test_loss": test["loss"],
-                "gradient_check_worst": max(row["relative"] for row in gradients),
-                "gradient_check_worst_norm": max(row["norm"] for row in gradients),
-                "gradients_checked": sum(row["checked"] for row in gradients),
-                "kinks_left_out": sum(row["skipped"] for row in gradients),
-                "gradient_views_difference": max(row["difference"] for row in views),
-                **{f"keras_loss_difference_{dtype}": float(np.abs(a - b).max()) for dtype, (a, b) in twins.items()},
-                "xor_solved": xor[1]["solved"],  # of the trials, by four sigmoid units
-                "xor_linear_most_right": xor[0]["most corners right"],  # of four corners
-            },
-        }  # fmt: skip
+        }
+        run.record["metrics"] = {f"test_{name}": value for name, value in test.items()} | {
+            "gradient_check_worst": max(row["relative"] for row in gradients),
+            "gradient_check_worst_norm": max(row["norm"] for row in gradients),
+            "gradients_checked": sum(row["checked"] for row in gradients),
+            "kinks_left_out": sum(row["skipped"] for row in gradients),
+            "gradient_views_difference": max(row["difference"] for row in views),
+            **{f"keras_loss_difference_{dtype}": float(np.abs(a - b).max()) for dtype, (a, b) in twins.items()},
+            "xor_solved": xor[1]["solved"], "xor_linear_most_right": xor[0]["most corners right"],
+        } | quick  # fmt: skip
         curves = {"cross-entropy": {"training": resume.history["loss"], "validation": resume.history["val_loss"]},
                   "validation error, %": {"validation": resume.history["val_error"]}}  # fmt: skip
         run.figure("learning_curves", core.plots.panels(curves))

@@ -215,8 +215,8 @@ def limits(cfg):
 def write_candidate(folder, names, classifier, content, data):
     """Write the version to be judged, float and compressed, under one number: the second it was made."""
     number = str(int(time.time()))
-    files = np.array(list(pipeline.contents(data.test).take(2).as_numpy_iterator()), dtype=object)
-    pixels = pipeline.pixels(data.test, data.shape, count=2)
+    files = np.array(list(pipeline.contents(data.test).take(4).as_numpy_iterator()), dtype=object)
+    pixels = pipeline.pixels(data.test, data.shape, count=4)
     sample = {"serving_default": {"image_bytes": files}, "pixels": {"pixels": pixels}}
     export.export(classifier, folder / names[0] / number, serve(classifier, data), sample=sample, labels=data.labels,
                   extra={"schema.json": json.dumps(data.schema)})  # fmt: skip
@@ -261,9 +261,9 @@ def ask(endpoint, names, data):
     return {"answers": answers, "latency": latency, "version": version, "says": f"version {version}; median {medians}"}
 
 
-def demo(predict):
+def demo(predict, examples=()):
     """The page that `python -m serving.demos day25_vision_pipeline` shows; `predict` calls the endpoint."""
-    return core.pages.image_classifier(predict, "Day 25: the pushed model")
+    return core.pages.image_classifier(predict, "Day 25: the pushed model", examples)
 
 
 def examine(cfg, run, base, step):

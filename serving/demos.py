@@ -4,9 +4,11 @@ Each page calls the model through its endpoint, as any client would, and shows t
 it took.  Without --url the embedded server is started on the exports folder and ends with the demo.
 """
 
+import base64
 import contextlib
 import dataclasses
 import importlib
+import json
 import socket
 import tempfile
 import time
@@ -54,9 +56,17 @@ def models(options):
 
 def predictor(url, model):
     """`predict(bytes) -> {"probabilities": {label: p}, "version": v, "milliseconds": t}` over an endpoint's REST."""
+    import gradio as gr
+
     connection = client.Client(url, model=model)
 
     def predict(content):
+        try:
+            return ask(content)
+        except client.ServingError as error:
+            raise gr.Error(str(error)) from error  # the page shows it, and goes on
+
+    def ask(content):
         version = max(int(state["version"]) for state in connection.status() if state["state"] == "AVAILABLE")
         start = time.perf_counter()
         (answer,) = connection.predict(instances=[content], version=version)
@@ -69,8 +79,22 @@ def predictor(url, model):
     return predict
 
 
-def pages(chosen, url):
-    """One Gradio interface for several units (`chosen`: unit -> model name), a tab each."""
+def examples(exports, model, folder):
+    """The pictures of the newest version's sample request, written to `folder`; paths, none where there are none."""
+    have = pipeline.versions(Path(exports) / model)
+    sample = Path(exports) / model / str(have[-1]) / "assets.extra" / "sample_request.json" if have else Path()
+    if not sample.is_file():
+        return []
+    rows = json.loads(sample.read_text())["instances"]
+    contents = [base64.b64decode(row["b64"]) for row in rows if isinstance(row, dict) and "b64" in row]
+    paths = [Path(folder) / f"{model}-{i}.png" for i in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    return paths
+
+
+def pages(chosen, url, samples):
+    """One Gradio interface for several units (`chosen`: unit -> model name; `samples`: unit -> paths), a tab each."""
     import gradio as gr
 
     interfaces = []
@@ -78,11 +102,11 @@ def pages(chosen, url):
         module = importlib.import_module(f"course.{unit}")
         if not hasattr(module, "demo"):
             raise core.InputError(f"{unit} has no demo")
-        interfaces.append(module.demo(predictor(url, model)))
+        interfaces.append(module.demo(predictor(url, model), samples[unit]))
     return interfaces[0] if len(interfaces) == 1 else gr.TabbedInterface(interfaces, list(chosen))
 
 
-def launch(chosen, url, host="127.0.0.1", port=7860):
+def launch(chosen, url, samples, host="127.0.0.1", port=7860):
     """Show the pages until Ctrl-C; `InputError` for a taken port."""
     with socket.socket() as probe:
         try:
@@ -90,7 +114,7 @@ def launch(chosen, url, host="127.0.0.1", port=7860):
         except OSError as error:
             raise core.InputError(f"port {port} of {host} is taken: give another --port, or 0 for any") from error
         port = probe.getsockname()[1]
-    page = pages(chosen, url)
+    page = pages(chosen, url, samples)
     page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True)
     print(f"demo:     http://{host}:{port}\nendpoint: {url}/v1/models\nCtrl-C ends it", flush=True)
     try:
@@ -109,14 +133,15 @@ def main(argv=None):
     chosen = models(options)
     with contextlib.ExitStack() as stack:
         url = options.url
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        samples = {unit: examples(options.exports, model, folder) for unit, model in chosen.items()}
         if not url:
             bases = {model: Path(options.exports) / model for model in chosen.values()}
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             endpoint = stack.enter_context(pipeline.endpoint(bases, folder, rest_port=0, grpc_port=0))
             for model, base in bases.items():
                 pipeline.wait_available(endpoint, [model], pipeline.versions(base)[-1])
             url = endpoint.url
-        launch(chosen, url, options.host, options.port)
+        launch(chosen, url, samples, options.host, options.port)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from course.core import files
-from course.core.errors import InputError
+from course.core.errors import InputError, cli
 from course.core.experiment import to_json
 from serving.server.status import StatusError
 
@@ -734,3 +734,20 @@ def _progress(items, text, total):
     from rich.progress import track
 
     return track(items, text, total=total, transient=True, update_period=0.5)
+
+
+def main(argv):
+    """`python -m serving.pipeline versions|roll-back exports/<model>`: what is pushed, and the way back."""
+    if len(argv) != 2 or argv[0] not in ("versions", "roll-back"):
+        raise InputError("usage: python -m serving.pipeline versions|roll-back exports/<model>")
+    if argv[0] == "versions":
+        if not versions(argv[1]):
+            raise InputError(f"{argv[1]} holds no pushed version: push one first, for example with make run")
+        print("\n".join(map(str, versions(argv[1]))))
+    else:
+        withdrawn, serving = roll_back(argv[1])
+        print(f"version {withdrawn} is withdrawn; {serving} serves")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -133,7 +133,7 @@ def test_smoke_preset_end_to_end(tmp_path):
     record = day01.main(["--preset", "smoke", "--seed", "5", "--runs", str(tmp_path)])
     folder = tmp_path / "day01_neural_network_from_scratch" / "smoke-s5"
     assert json.loads((folder / "result.json").read_text())["metrics"].keys() == record["metrics"].keys()
-    assert record["data"]["name"] == "fashion_mnist_12k" and "synthetic" in record["data_xor"]
+    assert record["data"][0]["name"] == "fashion_mnist_12k" and record["data"][1]["synthetic"]
     figures = {"learning_curves", "xor", "gradient_check", "keras_twin", "confusion", "worst_predictions",
                "first_layer_weights"}  # fmt: skip
     assert {path.stem for path in (folder / "figures").iterdir()} == figures

@@ -10,12 +10,13 @@ import textwrap
 import time
 from pathlib import Path
 
+import gradio
 import psutil
 import pytest
 
 from course import core
 from course import day25_vision_pipeline as unit
-from serving import client, demos, pipeline
+from serving import demos, pipeline
 
 pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).parents[1]
@@ -83,9 +84,12 @@ def test_the_demo_calls_the_endpoint(pushed, folder):
         assert answer["version"] == pipeline.versions(base)[-1]
         assert len(answer["probabilities"]) == 10
         assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-4)
-        page = demos.pages({unit.UNIT: unit.UNIT}, endpoint.url)
+        tries = demos.examples(folder / "exports", unit.UNIT, folder)
+        assert len(tries) == 4
+        assert tries[0].read_bytes() != picture
+        page = demos.pages({unit.UNIT: unit.UNIT}, endpoint.url, {unit.UNIT: tries})
         assert page.fn(None)[1] == "Choose a picture first."
-        with pytest.raises(client.ServingError, match=r"400: .*image"):
+        with pytest.raises(gradio.Error, match="400"):
             demos.predictor(endpoint.url, unit.UNIT)(b"not a picture")
 
 

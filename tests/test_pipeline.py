@@ -259,7 +259,7 @@ def test_push_and_roll_back(tmp_path):
     assert pipeline.roll_back(base) == (12, 5)
     assert pipeline.versions(base) == [5]
     with pytest.raises(InputError, match="none to roll back to"):
-        pipeline.roll_back(base)
+        pipeline.main(["roll-back", str(base)])
 
 
 def test_kill_9_in_a_push_leaves_no_version_and_the_next_push_makes_it(tmp_path):

@@ -21,14 +21,15 @@ class Checkpoint(keras.callbacks.Callback):
     which `core.data.batches` derives its order; so an interrupted run ends with the loss curve of an unbroken one.
 
     Created after `compile`, it restores at once: `epoch` is the first epoch still to run, `history` what came before.
-    `objects` are further things with `.variables` (a second network, an optimizer of a custom loop); `arrays`, given
+    `objects` are further things with `.variables` (a second network, an optimizer of a custom loop); `model` may be
+    None where all of the state is in them or in arrays.  `arrays`, given
     to `save`, is a dict of NumPy arrays, found again as the attribute of that name.
     """
 
     def __init__(self, folder, model, on_save=lambda: None, **objects):
         super().__init__()
         self.path = folder / "state.npz"
-        self.objects = {"model": model} | objects
+        self.objects = objects if model is None else {"model": model} | objects
         optimizer = getattr(model, "optimizer", None)
         if optimizer is not None:
             optimizer.build(model.trainable_variables)  # its slots must exist before they can be restored

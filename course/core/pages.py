@@ -3,10 +3,11 @@
 from pathlib import Path
 
 
-def image_classifier(predict, title):
+def image_classifier(predict, title, examples=()):
     """A page for a picture, over `predict(bytes) -> {"probabilities": {label: p}, "version": v, "milliseconds": t}`.
 
-    `predict` may be the model in this process or a call to an endpoint: the page is the same.
+    `predict` may be the model in this process or a call to an endpoint: the page is the same.  `examples`: paths of
+    pictures to try.
     """
     import gradio as gr
 
@@ -18,4 +19,8 @@ def image_classifier(predict, title):
 
     picture = gr.Image(type="filepath", label="picture (PNG, JPEG, GIF or BMP)")
     outputs = [gr.Label(num_top_classes=5, label="class"), gr.Markdown()]
-    return gr.Interface(show, picture, outputs, title=title, flagging_mode="never")
+    tries = [str(path) for path in examples] or None
+    return gr.Interface(
+        show, picture, outputs, title=title, examples=tries, cache_examples=False, run_examples_on_click=True,
+        flagging_mode="never",
+    )  # fmt: skip
