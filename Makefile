@@ -29,7 +29,7 @@ docs: $(VENV)/installed
 $(VENV)/installed: requirements.lock
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	  echo "error: Python 3.11 is needed and $(PYTHON) is not it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@echo "installing the pinned packages into $(VENV) (2.5 GB, about two minutes, once)"
+	@echo "installing the pinned packages into $(VENV) (3.8 GB, about two minutes, once)"
 	@"$(PYTHON)" -m venv --clear $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --progress-bar off -r requirements.lock
 	@touch $@

@@ -8,7 +8,6 @@ import contextlib
 import io
 import os
 import tempfile
-
 from pathlib import Path
 
 import numpy as np

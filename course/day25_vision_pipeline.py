@@ -42,7 +42,7 @@ class Config:
     skip_corrupt: bool = False  # leave files that cannot be decoded out (and report them) where one would stop the run
     size: int = 0  # side of the model's input in pixels; 0: the pictures' median side, at most 64
     width: int = 24  # channels of the first convolution
-    steps: int = 3_200  # training steps, whatever the size of the data: the time is known beforehand
+    steps: int = 3_000  # training steps, whatever the size of the data: the time is known beforehand
     batch: int = 128
     rates: tuple[float, ...] = (0.02, 0.05, 0.1)  # learning rates that the tuner tries
     trial_steps: int = 100  # steps of one trial
@@ -118,9 +118,10 @@ def build_model(cfg, data):
 
 def augmented(cfg, classifier, rate, steps):
     """`classifier` inside its augmentation, compiled: SGD with Nesterov's momentum, warm-up and cosine over `steps`."""
-    mirror = [layers.RandomFlip("horizontal")] if cfg.flip else []
-    erase = layers.RandomErasing(factor=0.5, scale=(0.02, 0.2), value_range=(0, 255), fill_value=0.0)
-    model = keras.Sequential([keras.Input(classifier.input_shape[1:]), *mirror, erase, classifier])
+    augment = [layers.RandomFlip("horizontal")] if cfg.flip else []
+    augment.append(layers.RandomTranslation(0.04, 0.04, fill_mode="nearest"))
+    augment.append(layers.RandomErasing(factor=0.5, scale=(0.02, 0.2), value_range=(0, 255), fill_value=0.0))
+    model = keras.Sequential([keras.Input(classifier.input_shape[1:]), *augment, classifier])
     warm = max(1, steps // 20)
     schedule = keras.optimizers.schedules.CosineDecay(0.0, max(1, steps - warm), warmup_target=rate, warmup_steps=warm)
     model.compile(
@@ -272,7 +273,7 @@ def examine(cfg, run, base, step):
     def source():
         return Path(cfg.data) if Path(cfg.data).is_dir() else core.data.extract_images(cfg.data, run.folder / "raw")
 
-    options = dict(seed=cfg.seed, limit=cfg.limit, skip_corrupt=cfg.skip_corrupt)
+    options = dict(seed=cfg.seed, limit=cfg.limit, val_share=0.05, skip_corrupt=cfg.skip_corrupt)
     splits, labels, schema, found = pipeline.examine(source, run.folder / "examples", base, step, **options)
     side = cfg.size or min(64, int(found["side"]["median"]))
     shape = (side, side, schema["channels"])
