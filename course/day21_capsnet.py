@@ -6,8 +6,9 @@ Shapes:    image [B,28,28,1] -> conv [B,20,20,256] -> primary capsules [B,1152,8
            -> votes [B,10,1152,16] -> digit capsules [B,10,16] -> lengths [B,10]
 Reference: MNIST test error 0.25 +- 0.005 % (paper, Table 1: 3 routing rounds, with reconstruction)
 Run:       python -m course.day21_capsnet --preset cpu --seed 0
-Departs:   (1) Adam with a per-epoch decay, for the paper names no schedule; (2) the CNN has the same number of
-           parameters, while the paper's baseline has four times as many; (3) the affine test set is made here
+Departs:   1. Adam's learning rate decays each epoch; the paper names no schedule
+           2. the CNN has as many parameters as CapsNet, the paper's baseline four times as many
+           3. the affine test set is made here, in the manner of affNIST
 """
 
 # %%
@@ -19,7 +20,7 @@ import numpy as np
 from keras import layers, ops
 
 from course import core
-from models.capsules import figures, rival, scenes
+from models.capsules import figures, measures, rival, scenes
 
 REFERENCE = {"test_error": (0.25, "%", "Sabour et al. 2017, Table 1, MNIST, 60,000 training images")}
 
@@ -50,7 +51,7 @@ PRESETS = {
               "capsules": 2, "ablation": (1, 3), "ablation_limit": 64, "ablation_epochs": 1, "canvas_epochs": 1,
               "multi_epochs": 1},
     "cpu": {"epochs": 6, "batch": 64, "lr": 2e-3, "decay": 0.65, "width": 32, "capsules": 8,
-            "ablation_limit": 10_000, "ablation_epochs": 5, "canvas_epochs": 2, "multi_epochs": 3},
+            "ablation_limit": 10_000, "ablation_epochs": 5, "canvas_epochs": 2, "multi_epochs": 5},
     "full": {},
 }  # fmt: skip
 CLASSES = 10
@@ -59,19 +60,16 @@ EPSILON = 1e-7  # inside square roots: their gradient at zero is finite
 # %% [markdown]
 # ## Squash
 # A capsule is a vector: its direction says *how* a part looks (pose, stroke, slant), its length *whether* it is there.
-# So that the length can be read as a probability, `squash` keeps the direction and maps the length into [0, 1).
-# Written naively, $\frac{|s|^2}{1+|s|^2}\frac{s}{|s|}$ divides by zero for an empty capsule, and its gradient is NaN
-# even where its value is repaired afterwards.
+# `squash` keeps the direction and maps the length into [0, 1), to be read as a probability.  Written naively,
+# $\frac{|s|^2}{1+|s|^2}\frac{s}{|s|}$ has no gradient for an empty capsule: 0/0.
 
 
 # %%
 def squash(s, axis=-1):
     """s [..., D] -> float32 [..., D] of length |s|^2 / (1 + |s|^2) (paper, eq. 1), with a finite gradient at 0."""
     s = ops.cast(s, "float32")  # a square overflows 16 bits at 256
-    # exercise: eq. 1 without a division by |s|; EPSILON keeps the root's gradient finite at 0
     norm2 = ops.sum(ops.square(s), axis=axis, keepdims=True)
     return s * ops.sqrt(norm2 + EPSILON) / (1 + norm2)
-    # end exercise
 
 
 def lengths(capsules):
@@ -200,8 +198,8 @@ def build_trainer(cfg, encoder, decoder, digits=1):
     """The compiled model (image, labels [B,digits]) -> lengths [B,10], pixels [B,digits,side * side]."""
     labels = keras.Input((digits,), dtype="int32", name="labels")
     found = encoder.output
-    pixels = decoder(masked(found["capsules"], labels))
-    trainer = keras.Model([encoder.input, labels], {"lengths": found["lengths"], "pixels": pixels})
+    outputs = {"lengths": found["lengths"], "pixels": decoder(masked(found["capsules"], labels))}
+    trainer = keras.Model([encoder.input, labels], outputs)
     trainer.compile(keras.optimizers.Adam(cfg.lr), {"lengths": margin_loss, "pixels": squared_error},
                     loss_weights={"lengths": 1.0, "pixels": cfg.reconstruct}, jit_compile=core.runtime.jit(),
                     metrics={"lengths": "sparse_categorical_accuracy"} if digits == 1 else None)  # fmt: skip
@@ -211,62 +209,32 @@ def build_trainer(cfg, encoder, decoder, digits=1):
 # %% [markdown]
 # ## A fair rival, and pictures
 # A comparison means little if one side is larger.  `models/capsules/rival.py` has a CNN in the layout of the paper's
-# baseline, with max-pooling added, which helps it; its first dense layer is as wide as it takes to reach the encoder's
-# number of parameters.  Both see the same pictures, in the same order, for as many epochs.
+# baseline, with max-pooling, which helps it, and as many parameters as the encoder.  Both see the same pictures in the
+# same order.  `models/capsules/scenes.py` makes them, afresh for every batch: digits moved by up to two pixels, as in
+# the paper; digits anywhere on a 40x40 canvas; two different digits on top of each other (MultiMNIST).
 #
-# `models/capsules/scenes.py` makes the pictures, afresh for every batch: digits moved by up to two pixels, as in the
-# paper; digits anywhere on a 40x40 canvas; and two different digits on top of each other (MultiMNIST).
+# Every experiment begins from the seed: run again after an interruption, it finds the same numbers.
 
 
 # %%
 def train(run, cfg, model, name, data, scene, epochs):
     """Fit a trainer or a CNN to the scenes made from `data` (images, labels); returns the history of all epochs."""
-    images, labels = data
     resume = run.checkpoint(model, name)
-    batches = core.data.batches(
-        (images, labels, np.arange(len(images))), cfg.batch, seed=cfg.seed, epochs=epochs, first_epoch=resume.epoch,
-        transform=lambda *batch: scenes.compose(*batch, scene),
-    )  # fmt: skip
-    if model.name == "cnn":
-        batches = batches.map(lambda image, label, pixels: (image, label[:, 0]))
-    else:
-        batches = batches.map(lambda image, label, pixels: ((image, label), {"lengths": label, "pixels": pixels}))
+    stream = scenes.batches(data, scene, cfg.batch, cfg.seed, epochs, resume.epoch, reconstruct=model.name != "cnn")
     rate = keras.callbacks.LearningRateScheduler(lambda epoch: cfg.lr * cfg.decay**epoch)
-    model.fit(batches, steps_per_epoch=len(images) // cfg.batch, initial_epoch=resume.epoch, epochs=epochs, verbose=0,
-              callbacks=[rate, rival.Clock(), resume, core.Progress(name)])  # fmt: skip
+    model.fit(stream, steps_per_epoch=len(data[0]) // cfg.batch, initial_epoch=resume.epoch, epochs=epochs, verbose=0,
+              callbacks=[rate, measures.Clock(), resume, core.Progress(name)])  # fmt: skip
     return resume.history
 
 
-def error(model, images, labels):
-    """Share of `images` whose likeliest class is wrong, in per cent."""
-    found = model.predict(images, batch_size=250, verbose=0)
-    scores = found["lengths"] if isinstance(found, dict) else found
-    return 100 * float(np.mean(scores.argmax(-1) != labels))
-
-
 def routing_trace(encoder, images, labels, rounds):
-    """What routing does to `images`, a row a round: the entropy of the primary capsules' coupling (weighted by their
-    lengths, as a share of log 10), and the mean lengths of the true digit's capsule and of its longest rival's."""
+    """What routing does to `images`: a row of `measures.routing` for each of 1..rounds rounds."""
     digits = encoder.get_layer("digits")
     primary = keras.Model(encoder.input, digits.input).predict(images, verbose=0)
-    votes, weight = digits.votes(primary), np.linalg.norm(primary, axis=-1)
-    true = np.eye(CLASSES, dtype=bool)[labels]
-    rows = []
-    for count in range(1, rounds + 1):
-        capsules, couplings = route(votes, count)
-        coupling, length = np.array(couplings[-1]), np.array(lengths(capsules))
-        entropy = -np.sum(coupling * np.log(coupling + EPSILON), axis=1) / np.log(CLASSES)  # [B,I]
-        rows.append({"round": count, "entropy": np.average(entropy, weights=weight), "true": length[true].mean(),
-                     "rival": np.where(true, 0, length).max(axis=1).mean()})  # fmt: skip
-    return rows
+    steps = [route(digits.votes(primary), count) for count in range(1, rounds + 1)]
+    return [measures.routing(coupled, lengths(found), lengths(primary), labels) for found, coupled in steps]
 
 
-# %% [markdown]
-# ## The experiments
-# Each begins from the seed, so that one that is run again after an interruption finds the same numbers.
-
-
-# %%
 def single_digits(run, cfg, train_set, test_set, names):
     """CapsNet and CNN on single digits: errors, cost, reconstructions, what the dimensions mean, what routing does."""
     core.runtime.seed(cfg.seed)
@@ -289,13 +257,11 @@ def single_digits(run, cfg, train_set, test_set, names):
     run.figure("dimensions", figures.dimensions(draw(decoder), capsules[two], labels[two]))
     trace = routing_trace(encoder, images[:500], labels[:500], rounds=6)
     run.figure("routing", figures.routing(trace))
-    table = [rival.cost(encoder, images[:100], past["capsnet"]), rival.cost(cnn, images[:100], past["cnn"])]
+    table = [measures.cost(encoder, images[:100], past["capsnet"]), measures.cost(cnn, images[:100], past["cnn"])]
     run.record["tables"] = {"cost": table, "routing": trace}
-    costs = {
-        f"{row['model']}_{name}": row[name] for row in table for name in ("params", "ms_alone", "training_seconds")
-    }
-    return {"test_error": 100 * float(np.mean(answers != labels)), "cnn_test_error": error(cnn, images, labels),
-            "pixel_error": float(np.mean((drawn - images) ** 2)), "decoder_params": decoder.count_params()} | costs  # fmt: skip
+    costs = {f"{row['model']}_{key}": row[key] for row in table for key in ("params", "ms_alone", "training_seconds")}
+    errors = {"test_error": 100 * np.mean(answers != labels), "cnn_test_error": measures.error(cnn, images, labels)}
+    return errors | costs | {"pixel_error": np.mean((drawn - images) ** 2), "decoder_params": decoder.count_params()}
 
 
 def ablation(run, cfg, train_set, test_set):
@@ -308,16 +274,14 @@ def ablation(run, cfg, train_set, test_set):
         encoder = build_encoder(setting)
         trainer, name = build_trainer(setting, encoder, build_decoder()), f"rounds-{rounds}-{reconstruct}"
         train(run, setting, trainer, name, (images, labels), scenes.SINGLE, cfg.ablation_epochs)
-        return error(encoder, test_set[0].astype("float32") / 255, test_set[1])
+        return measures.error(encoder, test_set[0].astype("float32") / 255, test_set[1])
 
     arms = {}
     for weight, rounds in itertools.product((cfg.reconstruct, 0.0), cfg.ablation):
         name = f"{rounds}{'' if weight else ' plain'}"
         arms[name] = run.once(f"ablation-{name}", lambda rounds=rounds, weight=weight: arm(rounds, weight))
-    run.record["tables"]["ablation"] = [{"rounds": name, "test_error": value} for name, value in arms.items()]
-    spread = {name: np.sqrt(value * (100 - value) / len(test_set[1])) for name, value in arms.items()}
-    run.figure("ablation", core.plots.bars(arms, errors=spread, title="Routing rounds (plain: no reconstruction)",
-                                           ylabel="test error, % (+- standard error)"))  # fmt: skip
+    run.record["tables"]["ablation"] = [{"arm": name, "test_error": value} for name, value in arms.items()]
+    run.figure("ablation", figures.ablation(arms, len(test_set[1])))
     return {f"rounds_{name.replace(' ', '_')}_error": value for name, value in arms.items()}
 
 
@@ -331,14 +295,12 @@ def robustness(run, cfg, train_set, test_set, strengths=(0.0, 0.5, 1.0, 1.5, 2.0
         cnn = rival.cnn((side, side, 1), CLASSES, cfg.width, encoder.count_params(), cfg.lr)
         tested, fitted = (cnn, cnn) if kind == "cnn" else (encoder, build_trainer(cfg, encoder, build_decoder(side)))
         train(run, cfg, fitted, f"canvas-{kind}", train_set, scenes.CANVAS, cfg.canvas_epochs)
-        return [100 - error(tested, scenes.affine(test_set[0], s, cfg.seed), test_set[1]) for s in strengths]
+        return [100 - measures.error(tested, scenes.affine(test_set[0], s, cfg.seed), test_set[1]) for s in strengths]
 
     arms = {kind: run.once(f"canvas-{kind}", lambda kind=kind: arm(kind)) for kind in ("capsnet", "cnn")}
     run.record["tables"]["robustness"] = [
         {"strength": s, "capsnet": a, "cnn": b} for s, a, b in zip(strengths, *arms.values(), strict=True)]  # fmt: skip
-    run.figure("robustness", core.plots.curves(
-        arms, x=strengths, title="Trained on shifted digits, tested on affine ones", ylabel="accuracy, %",
-        xlabel="strength (1: turned by up to 20°, sheared by 0.2, scaled by 0.8 to 1.2)"))  # fmt: skip
+    run.figure("robustness", figures.robustness(strengths, arms))
     return {f"{kind}_{name}_accuracy": values[strengths.index(strength)] for kind, values in arms.items()
             for name, strength in (("shifted", 0.0), ("affine", 1.0))}  # fmt: skip
 
@@ -354,21 +316,19 @@ def overlaps(run, cfg, train_set, test_set):
     capsules, order = found["capsules"], np.argsort(found["lengths"])  # shortest capsule first
     right = np.sort(order[:, -2:]) == np.sort(labels)
     run.figure("overlaps", figures.overlaps(draw(decoder), images, capsules, labels, pixels, absent=order[:, :1]))
-    drawn = draw(decoder)(capsules, labels) > 0.5
-
-    def overlap(ink):  # intersection over union of what is drawn with `ink`, a mean over digits
-        return float(np.mean(np.sum(drawn & ink, axis=-1) / np.maximum(np.sum(drawn | ink, axis=-1), 1)))
-
+    drawn = draw(decoder)(capsules, labels)
     return {"multi_error": 100 * float(np.mean(~right.all(axis=1))),  # one of the two or both wrong
-            "multi_iou": overlap(pixels > 0.5), "multi_iou_other_digit": overlap(pixels[:, ::-1] > 0.5)}  # fmt: skip
+            "multi_iou": measures.overlap(drawn, pixels),
+            "multi_iou_other_digit": measures.overlap(drawn, pixels[:, ::-1])}  # fmt: skip
 
 
 # %% [markdown]
 # ## What came out
-# TODO
+# @@
+
+
 # %%
 def main(argv=None):
-    """Run the four experiments; returns the record."""
     options, cfg = core.parse(Config, PRESETS, argv)
     with core.run("day21_capsnet", options, cfg) as run:
         data = core.data.load(cfg.data, limit=cfg.limit, seed=cfg.seed)

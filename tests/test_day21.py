@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from course import core
 from course import day21_capsnet as day21
+from models.capsules import measures, rival, scenes
 
 TINY = dataclasses.replace(day21.Config(), width=4, capsules=1, batch=8)
 
@@ -169,9 +170,9 @@ def digits():
     return images, (np.arange(12) % 3).astype("int32")
 
 
-@pytest.mark.parametrize("scene", [day21.SINGLE, day21.CANVAS])
+@pytest.mark.parametrize("scene", [scenes.SINGLE, scenes.CANVAS])
 def test_digits_are_moved_within_bounds_and_not_changed(digits, scene):
-    moved = np.array(day21.place(digits[0].repeat(50, axis=0), scene, [1, 2]))
+    moved = np.array(scenes.place(digits[0].repeat(50, axis=0), scene, [1, 2]))
     assert moved.shape == (600, scene.side, scene.side, 1)
     image, row, column, _ = np.nonzero(moved)
     assert (image == np.arange(600)).all()
@@ -183,14 +184,14 @@ def test_digits_are_moved_within_bounds_and_not_changed(digits, scene):
 
 def test_scenes_follow_from_the_order_of_the_batch(digits):
     numbers = np.arange(12)
-    once, again = (day21.compose(*digits, numbers, day21.MULTI) for _ in range(2))
-    other = day21.compose(*digits, numbers[::-1], day21.MULTI)
+    once, again = (scenes.compose(*digits, numbers, scenes.MULTI) for _ in range(2))
+    other = scenes.compose(*digits, numbers[::-1], scenes.MULTI)
     np.testing.assert_array_equal(once[0], again[0])
     assert not np.array_equal(once[0], other[0])
 
 
 def test_overlaps_hold_two_digits_of_different_classes(digits):
-    image, labels, pixels = (np.array(part) for part in day21.compose(*digits, np.arange(12), day21.MULTI))
+    image, labels, pixels = (np.array(part) for part in scenes.compose(*digits, np.arange(12), scenes.MULTI))
     assert image.shape == (12, 36, 36, 1) and labels.shape == (12, 2) and pixels.shape == (12, 2, 36 * 36)
     assert (labels[:, 0] != labels[:, 1]).all()
     np.testing.assert_array_equal(image.reshape(12, -1), pixels.max(axis=1))
@@ -198,16 +199,28 @@ def test_overlaps_hold_two_digits_of_different_classes(digits):
     np.testing.assert_array_equal(digits[1][partner], labels[:, 1])
 
 
+@pytest.mark.parametrize("reconstruct", [True, False])
+def test_a_continued_run_sees_the_scenes_it_would_have_seen(digits, reconstruct):
+    setting = {"batch": 4, "seed": 3, "epochs": 3, "reconstruct": reconstruct}
+    whole = list(scenes.batches(digits, scenes.MULTI, first_epoch=0, **setting))
+    rest = list(scenes.batches(digits, scenes.MULTI, first_epoch=2, **setting))
+    assert (len(whole), len(rest)) == (9, 3)
+    for a, b in zip(tf.nest.flatten(whole[6:]), tf.nest.flatten(rest), strict=True):
+        np.testing.assert_array_equal(a, b)
+    image = (lambda batch: batch[0][0]) if reconstruct else (lambda batch: batch[0])
+    assert not np.array_equal(image(whole[0]), image(whole[3]))
+
+
 def test_affine_digits(digits):
     square = np.zeros((200, 28, 28, 1), "uint8")
     square[:, 9:19, 9:19] = 255  # about the middle
-    still = day21.affine_digits(square, 0.0, 0)
+    still = scenes.affine(square, 0.0, 0)
     assert still.shape == (200, 40, 40, 1) and still.dtype == np.float32
     np.testing.assert_allclose(still.sum(axis=(1, 2, 3)), 100, rtol=1e-4)  # only moved, by whole pixels
     centre = [(still * np.arange(40).reshape(shape)).sum(axis=(1, 2, 3)) / 100 for shape in ((40, 1, 1), (1, 40, 1))]
     for at in centre:
         assert set(np.rint(at - 19.5).astype(int)) == set(range(-6, 7))
-    turned = day21.affine_digits(square, 1.0, 0)
+    turned = scenes.affine(square, 1.0, 0)
     area = turned.sum(axis=(1, 2, 3))
     assert 64 * 0.97 < area.min() < 75 and 125 < area.max() < 144 * 1.03  # 0.8 * 0.8 to 1.2 * 1.2
     moved = (turned * np.arange(40).reshape(40, 1, 1)).sum(axis=(1, 2, 3)) / area  # width is the last image axis
@@ -222,7 +235,7 @@ def test_affine_digits(digits):
 def test_the_cnn_has_as_many_parameters_as_the_encoder(preset, side):
     cfg = day21.Config(**day21.PRESETS[preset])
     params = day21.build_encoder(cfg, side).count_params()
-    assert abs(day21.build_cnn(cfg, side, params).count_params() / params - 1) < 0.01
+    assert abs(rival.cnn((side, side, 1), 10, cfg.width, params, cfg.lr).count_params() / params - 1) < 0.01
 
 
 def test_the_papers_setting_has_the_papers_size():
@@ -237,7 +250,28 @@ def test_the_papers_setting_has_the_papers_size():
 def test_macs_by_hand():
     encoder = day21.build_encoder(TINY)  # 28 -> 20 -> 6; 36 capsules of 8
     routing = 36 * 8 * 160 + 5 * 36 * 160
-    assert day21.macs(encoder) == 400 * 81 * 4 + 36 * 81 * 4 * 8 + routing
+    assert measures.macs(encoder) == 400 * 81 * 4 + 36 * 81 * 4 * 8 + routing
+
+
+def test_a_cnn_that_cannot_be_so_small_is_refused():
+    with pytest.raises(core.InputError, match="no CNN of width 64 has 1,000 parameters"):
+        rival.cnn((28, 28, 1), 10, 64, 1_000, 1e-3)
+
+
+def test_routing_measures_by_hand():
+    even, sure = np.full((1, 4, 2), 0.25), np.zeros((1, 4, 2))
+    sure[0, 3] = 1
+    half = np.stack([even[..., 0], sure[..., 1]], axis=-1)  # the first primary capsule undecided, the second decided
+    length = np.array([[0.2, 0.1, 0.7, 0.9]])
+    for coupling, weight, entropy in ((even, [1, 1], 1), (sure, [1, 1], 0), (half, [3, 1], 0.75)):
+        row = measures.routing([None, coupling], length, np.array([weight]), np.array([2]))
+        assert row == pytest.approx({"round": 2, "entropy": entropy, "true": 0.7, "rival": 0.9}, abs=1e-9)
+
+
+def test_overlap_by_hand():
+    drawn = np.array([[[0.9, 0.9, 0.1, 0.0], [0.0, 0.0, 0.0, 0.9]]])
+    pixels = np.array([[[1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]])
+    assert measures.overlap(drawn, pixels) == pytest.approx((1 / 3 + 1) / 2)
 
 
 def test_saving_and_loading_changes_nothing(tmp_path):
@@ -261,7 +295,7 @@ def test_mixed_precision_keeps_routing_and_losses_in_float32():
     try:
         encoder, decoder = day21.build_encoder(TINY), day21.build_decoder()
         trainer = day21.build_trainer(TINY, encoder, decoder)
-        cnn = day21.build_cnn(TINY, 28, 60_000)
+        cnn = rival.cnn((28, 28, 1), 10, TINY.width, 60_000, TINY.lr)
     finally:
         keras.config.set_dtype_policy("float32")
     digits = encoder.get_layer("digits")
@@ -308,4 +342,4 @@ def test_smoke_preset_runs_all_four_experiments(tmp_path):
     entropy = [row["entropy"] for row in record["tables"]["routing"]]
     assert entropy[0] == pytest.approx(1, abs=1e-5) and entropy[-1] < entropy[0]
     loaded = keras.saving.load_model(folder / "encoder.keras")
-    assert loaded.count_params() == record["metrics"]["params"]
+    assert loaded.count_params() == record["metrics"]["capsnet_params"]

@@ -26,6 +26,20 @@ def routing(trace):
     return core.plots.panels(groups, xlabel="routing round")
 
 
+def ablation(arms, tests):
+    """Test error in per cent (`arms`: routing rounds -> error) on `tests` images, with a binomial standard error."""
+    spread = {name: np.sqrt(value * (100 - value) / tests) for name, value in arms.items()}
+    title, ylabel = "Routing rounds (plain: no reconstruction)", "test error, % (+- standard error)"
+    return core.plots.bars(arms, errors=spread, title=title, ylabel=ylabel)
+
+
+def robustness(strengths, arms):
+    """Accuracy in per cent over the strength of affine maps (`scenes.affine`); `arms`: model -> a value a strength."""
+    title = "Trained on shifted digits, tested on affine ones"
+    strength = "strength (1: turned by up to 20°, sheared by 0.2, scaled by 0.8 to 1.2)"
+    return core.plots.curves(arms, x=strengths, title=title, ylabel="accuracy, %", xlabel=strength)
+
+
 def dimensions(draw, capsules, labels):
     """Each dimension of the capsule of digit labels[n] in capsules[n] moved by -0.25 to 0.25 in steps of 0.05, as in
     figure 4 of Sabour et al. 2017: capsules [N,J,D], labels [N] -> N mosaics of D rows."""

@@ -6,6 +6,8 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from course import core
+
 
 class Scene(NamedTuple):
     """What `compose` makes of digits."""
@@ -46,6 +48,19 @@ def compose(images, labels, numbers, scene):
     drawn = tf.stack([image for image, _ in parts], axis=1)
     pixels = tf.reshape(drawn, (len(images), scene.digits, scene.side**2))
     return tf.reduce_max(drawn, axis=1), tf.stack([label for _, label in parts], axis=1), pixels
+
+
+def batches(data, scene, batch, seed, epochs, first_epoch, reconstruct):
+    """`core.data.batches` of scenes made from `data`, images and labels: (inputs, targets) for `fit`.
+
+    reconstruct: ((image, labels), {"lengths": labels, "pixels": pixels}); else (image, label), the first digit's.
+    """
+    numbered = (*data, np.arange(len(data[0])))
+    stream = core.data.batches(numbered, batch, seed=seed, epochs=epochs, first_epoch=first_epoch,
+                               transform=lambda *rows: compose(*rows, scene))  # fmt: skip
+    if reconstruct:
+        return stream.map(lambda image, labels, pixels: ((image, labels), {"lengths": labels, "pixels": pixels}))
+    return stream.map(lambda image, labels, pixels: (image, labels[:, 0]))
 
 
 def fixed(images, labels, scene, chunk=500):
