@@ -42,9 +42,9 @@ class Config:
     skip_corrupt: bool = False  # leave files that cannot be decoded out (and report them) where one would stop the run
     size: int = 0  # side of the model's input in pixels; 0: the pictures' median side, at most 64
     width: int = 24  # channels of the first convolution
-    steps: int = 4_500  # training steps, whatever the size of the data: the time is known beforehand
+    steps: int = 3_200  # training steps, whatever the size of the data: the time is known beforehand
     batch: int = 128
-    rates: tuple[float, ...] = (0.02, 0.05, 0.1)  # learning rates that the tuner tries
+    rates: tuple[float, ...] = (0.05, 0.1, 0.2)  # learning rates that the tuner tries
     trial_steps: int = 100  # steps of one trial
     flip: bool = True  # mirror pictures while training; switch off where left and right differ (digits, letters)
     max_drop: float = (
