@@ -124,13 +124,13 @@ def parity(content, model, inputs):
     }
 
 
-def compare(model, folder, representative, inputs, judge):
+def compare(model, folder, representative, splits):
     """Every kind of file of `model`, written to `folder` as `<kind>.tflite`; returns kind -> row.
 
-    `inputs` [N, ...]: the evaluation split, `judge(outputs [N, ...])` -> a dict that joins the row.  A row has bytes,
-    agreement (of decisions with the source model), p50_ms of one input on one thread, and what the judge says.
+    `splits`: name -> inputs [N, ...].  A row has bytes, agreement (of decisions with the source model, on the first
+    split), p50_ms of one input on one thread, and the outputs [N, ...] for every split, under its name.
     """
-    rows = {}
+    rows, inputs = {}, next(iter(splits.values()))
     for kind in KINDS:
         content = convert(model, kind, representative)
         files.write_atomic(Path(folder) / f"{kind}.tflite", content)
@@ -138,7 +138,7 @@ def compare(model, folder, representative, inputs, judge):
             "bytes": len(content),
             "agreement": parity(content, model, inputs[:1000])["agreement"],
             "p50_ms": latency(content, inputs[:1])["p50_ms"],
-            **judge(predict(content, inputs)),
+            **{name: predict(content, split) for name, split in splits.items()},
         }
     return rows
 

@@ -91,6 +91,8 @@ def show_unit(console, unit, results=catalogue.RESULTS):
             f"commit {record['commit']}\n{record['command']}\n",
             markup=False,
         )
+        for title, rows in record["tables"].items():
+            console.print(_rows(title, rows))
         for figure in record["figures"]:
             console.print(f"figure    course/results/{figure}", markup=False)
 
@@ -101,6 +103,18 @@ def show_unit(console, unit, results=catalogue.RESULTS):
         console.print(f"notebook  {catalogue.notebook_path(unit.name)}", markup=False)
     if "demo" in unit.offers:
         console.print(f"demo      python -m serving.demos {unit.name}", markup=False)
+
+
+def _rows(title, rows, most=20):
+    """A table of a record, its first `most` rows."""
+    more = f", {most} of {len(rows)} rows" if len(rows) > most else ""
+    table = Table(title=f"{title}{more}", **STYLE)
+    for column in rows[0]:
+        table.add_column(str(column), overflow="fold")
+    for row in rows[:most]:
+        cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]
+        table.add_row(*map(escape, cells))
+    return table
 
 
 def _metrics(unit, preset, record):

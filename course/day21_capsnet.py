@@ -258,7 +258,7 @@ def single_digits(run, cfg, train_set, test_set, names):
     run.figure("routing", figures.routing(trace))
     table = [measures.cost(encoder, images[:100], past["capsnet"]), measures.cost(cnn, images[:100], past["cnn"])]
     run.record["tables"] = {"cost": table, "routing": trace}
-    costs = {f"{row['model']}_{key}": row[key] for row in table for key in ("params", "ms_alone", "training_seconds")}
+    costs = {f"{row['model']}_{key}": row[key] for row in table for key in ("params", "ms_alone", "seconds_an_epoch")}
     errors = {"test_error": 100 * np.mean(answers != labels), "cnn_test_error": measures.error(cnn, images, labels)}
     return errors | costs | {"pixel_error": np.mean((drawn - images) ** 2), "decoder_params": decoder.count_params()}
 

@@ -1,10 +1,10 @@
 """Day 25 - Full pipeline for vision: from raw image files to a blessed, compressed and served model in one command.
 
 Paper:     Baylor et al. 2017, "TFX: A TensorFlow-Based Production-Scale Machine Learning Platform", KDD 2017
-Task:      classify pictures of a folder a class; refuse whatever is worse than the version that serves
+Task:      classify pictures, one folder per class; refuse whatever is worse than the version that serves
 Shapes:    image file -> uint8 [B,H,W,C] -> logits [B,classes] -> {label [B], score [B], probabilities [B,classes]}
 Reference: none: the claim is that every step is there and can refuse, not a figure
-Run:       python -m course.day25_vision_pipeline --data <folder of class folders>
+Run:       python -m course.day25_vision_pipeline --preset cpu --seed 0, or --data FOLDER
 Departs:   1. TFX itself cannot be installed beside this TensorFlow: the steps are ours, under TFX's names
            2. one machine: the orchestrator is the order of the calls in `main`; Beam's place is taken by tf.data
 """
@@ -13,6 +13,7 @@ Departs:   1. TFX itself cannot be installed beside this TensorFlow: the steps a
 import dataclasses
 import functools
 import json
+import math
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from course import core
 from course.core import export, plots
 from course.core.timing import time_calls
 from models.convnets import small_resnet
-from serving import pipeline
+from serving import demos, pipeline
 from serving.client import Client
 
 UNIT = "day25_vision_pipeline"
@@ -34,32 +35,34 @@ REFERENCE = {}
 
 @dataclasses.dataclass
 class Config:
-    """What is computed; the fields with metadata say where things go and change no result."""
+    """What is computed, and where it goes."""
 
-    seed: int = 0
-    data: str = "fashion_mnist"  # a set of pictures by name, or a folder that holds a folder of pictures a class
+    seed: int = 0  # of the initial weights, the augmentation and the order of the batches
+    data: str = "fashion_mnist"  # a data set by name, or a folder with one folder of pictures per class
     limit: int = 0  # pictures used of each class; 0: all
     skip_corrupt: bool = False  # leave files that cannot be decoded out (and report them) where one would stop the run
     size: int = 0  # side of the model's input in pixels; 0: the pictures' median side, at most 64
     width: int = 24  # channels of the first convolution
-    steps: int = 3_200  # training steps, whatever the size of the data: the time is known beforehand
-    batch: int = 128
+    steps: int = 12_000  # training steps, whatever the size of the data: the time is known beforehand
+    batch: int = 128  # pictures a step
     rates: tuple[float, ...] = (0.05, 0.1, 0.2)  # learning rates that the tuner tries
     trial_steps: int = 100  # steps of one trial
     flip: bool = True  # mirror pictures while training; switch off where left and right differ (digits, letters)
-    max_drop: float = (
-        0.01  # accuracy that a new version may lose against the last, and a compressed one against its own
-    )
+    max_drop: float = 0.01  # accuracy a new version may lose to the last, and a compressed file to its original
     max_slice_drop: float = 0.1  # the same for one slice of at least 50 pictures
-    worse: bool = False  # stop training at a twentieth of the steps: a candidate that the blessing has to refuse
+    worse: bool = False  # train for a twentieth of the steps: a candidate that the blessing has to refuse
     exports: str = dataclasses.field(default="exports", metadata={"where": True})  # folder that versions are pushed to
     rest_port: int = dataclasses.field(default=8501, metadata={"where": True})  # 0: any free port
     grpc_port: int = dataclasses.field(default=8500, metadata={"where": True})  # 0: any free port
 
+    @property
+    def limits(self):
+        return {"max_drop": self.max_drop, "max_slice_drop": self.max_slice_drop}
+
 
 PRESETS = {
     "smoke": dict(data="fashion_mnist_12k", limit=40, width=8, steps=120, batch=32, rates=(0.1,), trial_steps=4),
-    "cpu": dict(data="fashion_mnist_12k"),
+    "cpu": dict(data="fashion_mnist_12k", steps=3_200),
     "full": {},
 }
 
@@ -71,16 +74,20 @@ PRESETS = {
 # may differ from the server's.  The new model may be better on average and useless on one class.  The file may not load
 # in the server.  And the process may be killed half-way through replacing a model that people are using.
 #
-# A pipeline gives each of these a *component* whose output is an artefact, and whose answer may be no:
+# A pipeline gives each of these a *component* with an output, and whose answer may be no:
 #
 # | component | artefact | says no when |
 # |---|---|---|
 # | ExampleGen | TFRecord shards, checksums | a file cannot be decoded, a class is empty |
 # | StatisticsGen, SchemaGen, ExampleValidator | schema, anomalies | data contradicts the last version's schema |
 # | Tuner, Trainer | a Keras model with its preprocessing inside | - |
+# | Compressor, Exporter | LiteRT files, a version folder | - |
 # | Evaluator | metrics by slice, a *blessing* | worse than a floor, or than the version that serves |
 # | InfraValidator | an *infra blessing* | a real server cannot load it or answers differently |
 # | Pusher | a version folder | either blessing is missing |
+#
+# After the push, a *rehearsal* sees whether the gate would refuse a half-trained network, the *endpoint* is queried as
+# a client would, and a *drift monitor* compares pictures with those of training.
 
 
 # %% [markdown]
@@ -99,7 +106,7 @@ class Data:
     x: np.ndarray  # uint8 [N, *shape]
     y: np.ndarray  # int32 [N]
     x_val: np.ndarray
-    y_val: np.ndarray
+    val: pipeline.Examples
     test: pipeline.Examples
     labels: list
     shape: tuple  # (H, W, C) of the model's input
@@ -136,10 +143,11 @@ def augmented(cfg, classifier, rate, steps):
 def fit(cfg, model, data, steps, resume=None, **options):
     """Train for `steps` steps, counted in whole epochs; continues where `resume` says."""
     batch = min(cfg.batch, len(data.x))
-    each = min(steps, len(data.x) // batch)
+    passes = math.ceil(50 * batch / len(data.x))  # of a small set, between two checkpoints
+    each = min(steps, passes * (len(data.x) // batch))
     epochs, first = max(1, round(steps / each)), resume.epoch if resume else 0
-    arrays = (data.x, data.one_hot(data.y))
-    stream = core.data.batches(arrays, batch, seed=cfg.seed, first_epoch=first, epochs=epochs)
+    stream = core.data.batches((data.x, data.one_hot(data.y)), batch, seed=cfg.seed, first_epoch=first * passes,
+                               epochs=epochs * passes)  # fmt: skip
     model.fit(stream, steps_per_epoch=each, epochs=epochs, initial_epoch=first, verbose=0, **options)
     return model
 
@@ -152,7 +160,7 @@ def trial(cfg, data, rate):
 
 def tune(cfg, data):
     """The Tuner: every learning rate for a few steps; the lowest validation loss wins."""
-    held_out = (data.x_val[:2000], data.one_hot(data.y_val[:2000]))
+    held_out = (data.x_val[:2000], data.one_hot(data.val.label[:2000]))
     losses = {rate: trial(cfg, data, rate).evaluate(*held_out, batch_size=256, verbose=0)[0] for rate in cfg.rates}
     best = min(losses, key=losses.get)
     tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items())
@@ -166,7 +174,7 @@ def train(cfg, run, data, rate):
     steps = max(1, cfg.steps // 20) if cfg.worse else cfg.steps
     model = augmented(cfg, classifier, rate, steps)
     resume = run.checkpoint(model)
-    held_out = (data.x_val, data.one_hot(data.y_val))
+    held_out = (data.x_val, data.one_hot(data.val.label))
     fit(cfg, model, data, steps, resume, callbacks=[resume, core.Progress()], validation_data=held_out,
         validation_batch_size=256)  # fmt: skip
     with core.files.atomic_path(run.folder / "classifier.keras") as temporary:
@@ -178,10 +186,9 @@ def train(cfg, run, data, rate):
 
 # %% [markdown]
 # ## Evaluate what will be served, and say no
-# The Evaluator does not ask the Keras model in memory: it asks the exported folder, through the signature that takes
-# files.  The last pushed version is asked the same questions about the same pictures, and the difference decides, for
-# the whole and for every slice (`pipeline.judge`, `pipeline.bless`).  The compressed files pass the same gate, with the
-# uncompressed one as their baseline; the smallest that passes is pushed beside the float model.
+# The Evaluator asks the exported folder, not the model in memory, and the last pushed version about the same pictures;
+# the difference decides, for the whole and for every slice (`pipeline.judge`, `pipeline.bless`).  Compressed files pass
+# the same gate, the uncompressed one their baseline; the smallest that passes is pushed beside the float model.
 
 
 # %%
@@ -191,26 +198,19 @@ def serve(classifier, data):
 
 
 def compress(cfg, folder, classifier, data):
-    """LiteRT files of four kinds, measured on the test split; the smallest that passes the gate is the best."""
+    """LiteRT files of four kinds; of those that pass the gate on the validation split, the smallest is the best."""
     named = keras.Model(classifier.input, {"probabilities": layers.Softmax()(classifier.output)})
-    x, original = pipeline.pixels(data.test, data.shape).astype("float32"), None
-
-    def gate(probabilities):
-        nonlocal original
-        quality = pipeline.evaluate(probabilities, data.test, data.labels)
-        original = original or quality  # the first kind, float32
-        return {"accuracy": quality["accuracy"]} | pipeline.bless(quality, original, **limits(cfg))
-
-    rows = lite.compare(named, folder, data.x[:300], x, gate)
+    x, x_test = data.x_val.astype("float32"), pipeline.pixels(data.test, data.shape).astype("float32")
+    rows = lite.compare(named, folder, data.x[:300], {"val": x, "test": x_test})
+    found = {kind: pipeline.evaluate(row.pop("val"), data.val, data.labels) for kind, row in rows.items()}
+    for kind, row in rows.items():
+        row["accuracy"] = pipeline.evaluate(row.pop("test"), data.test, data.labels)["accuracy"]  # shown, not judged
+        row |= pipeline.bless(found[kind], found["float"], **cfg.limits)
     passed = {kind: row["bytes"] for kind, row in rows.items() if row["verdict"] == pipeline.BLESSED}
     best = min(passed, key=passed.get)
     smaller = passed["float"] / passed[best]
-    says = f"{best} is {smaller:.1f} times smaller, accuracy {rows[best]['accuracy']:.4f}"
+    says = f"{best} is {smaller:.1f} times smaller, test accuracy {rows[best]['accuracy']:.4f}"
     return {"rows": rows, "best": best, "smaller": smaller, "says": says}
-
-
-def limits(cfg):
-    return {"max_drop": cfg.max_drop, "max_slice_drop": cfg.max_slice_drop}
 
 
 def write_candidate(folder, names, classifier, content, data):
@@ -226,24 +226,24 @@ def write_candidate(folder, names, classifier, content, data):
 
 
 def rehearse(cfg, data, metrics):
-    """The network after one of the tuner's trials, held against the new version: the gate has to say no."""
+    """The network after one of the tuner's trials, held against the new version: the gate should say no."""
     logits = trial(cfg, data, cfg.rates[0]).predict(pipeline.pixels(data.test, data.shape), batch_size=256, verbose=0)
     quality = pipeline.evaluate(np.asarray(keras.ops.softmax(logits)), data.test, data.labels)
-    verdict = pipeline.bless(quality, metrics, **limits(cfg))
-    return verdict | {"says": f"{verdict['verdict']}: {'; '.join(verdict['reasons'][:1])}"}
+    verdict = pipeline.bless(quality, metrics, **cfg.limits)
+    says = f"a network of {cfg.trial_steps} steps would be {verdict['verdict']}: {'; '.join(verdict['reasons'][:1])}"
+    return verdict | {"says": says}
 
 
 # %% [markdown]
 # ## The endpoint
-# A process of its own serves the pushed folders over TensorFlow Serving's protocol from the first second of the run, so
-# that a new version replaces the old one under way, and a refused one changes nothing.  The stock container takes the
-# same folder: `docker run -p 8501:8501 -v $PWD/exports/day25_vision_pipeline:/models/m -e MODEL_NAME=m
-# tensorflow/serving`.  A client sends a file's bytes, base64-encoded, over REST, or a tensor over gRPC.
+# A process of its own serves the pushed folders over TensorFlow Serving's protocol from the first second of the run: a
+# new version replaces the old one under way, and a refused one changes nothing.  A client sends a file's bytes,
+# base64-encoded, over REST, or a tensor over gRPC; the README has the line for the stock container.
 
 
 # %%
 def ask(endpoint, names, data):
-    """Query the endpoint by every route: its answers for 16 test pictures, milliseconds a call; REST and gRPC agree."""
+    """Query the endpoint by every route: its answers for 16 test pictures, milliseconds a call from one client."""
     client, small = (Client(endpoint.url, endpoint.grpc_target, model=name) for name in names)
     files = list(pipeline.contents(data.test).take(16).as_numpy_iterator())
     answers = client.predict(instances=files)  # bytes travel as {"b64": ...}
@@ -273,12 +273,13 @@ def examine(cfg, run, base, step):
     def source():
         return Path(cfg.data) if Path(cfg.data).is_dir() else core.data.extract_images(cfg.data, run.folder / "raw")
 
-    options = dict(seed=cfg.seed, limit=cfg.limit, val_share=0.05, skip_corrupt=cfg.skip_corrupt)
+    # the split belongs to the data: another seed must not put the last version's training pictures into the test
+    options = dict(seed=0, limit=cfg.limit, val_share=0.05, skip_corrupt=cfg.skip_corrupt)
     splits, labels, schema, found = pipeline.examine(source, run.folder / "examples", base, step, **options)
     side = cfg.size or min(64, int(found["side"]["median"]))
     shape = (side, side, schema["channels"])
     x, x_val = pipeline.pixels(splits["train"], shape), pipeline.pixels(splits["val"], shape)
-    return Data(x, splits["train"].label, x_val, splits["val"].label, splits["test"], labels, shape, schema)
+    return Data(x, splits["train"].label, x_val, splits["val"], splits["test"], labels, shape, schema)
 
 
 def report(run, data, history, judged, lighter, asked):
@@ -292,12 +293,9 @@ def report(run, data, history, judged, lighter, asked):
     points = {name: (row["bytes"] / 1e3, row["accuracy"]) for name, row in rows.items()}
     run.figure("compression", plots.pareto(points, xlabel="file, kB", ylabel="test accuracy"))
     run.record["tables"] = {"compression": [{"kind": name} | row for name, row in rows.items()]}
-    run.record["metrics"] = {
-        "test_accuracy": metrics["accuracy"],
-        "compressed_accuracy": rows[lighter["best"]]["accuracy"],
-        "times_smaller": lighter["smaller"],
-        "calibration_error": metrics["calibration_error"],
-    }
+    run.record["metrics"] = {"test_accuracy": metrics["accuracy"], "times_smaller": lighter["smaller"],
+                             "compressed_accuracy": rows[lighter["best"]]["accuracy"],
+                             "calibration_error": metrics["calibration_error"]}  # fmt: skip
     if asked:
         answers, title = asked["answers"], f"what version {asked['version']} answered over REST"
         captions = [f"{answer['label']} {answer['score']:.2f}" for answer in answers]
@@ -311,12 +309,13 @@ def report(run, data, history, judged, lighter, asked):
 
 def main(argv=None):
     options, cfg = core.parse(Config, PRESETS, argv)
+    if not Path(cfg.data).is_dir() and cfg.data not in core.data.SETS:
+        raise core.InputError(f"--data {cfg.data} is neither a folder nor a data set of `python -m course.core.data`")
     name = UNIT if not Path(cfg.data).is_dir() else f"day25_{core.data.slug(Path(cfg.data).resolve().name)}"
     bases = {model: Path(cfg.exports) / model for model in (name, f"{name}_lite")}
     ports = dict(rest_port=cfg.rest_port, grpc_port=cfg.grpc_port)
     with core.run(UNIT, options, cfg) as run, pipeline.endpoint(bases, run.folder, **ports) as endpoint:
-        run.record["lineage"] = lineage = []
-        step = functools.partial(pipeline.component, run, lineage)
+        step = functools.partial(pipeline.component, run, lineage := [])
         data = examine(cfg, run, bases[name], step)
         run.record["data"] = pipeline.provenance(run.folder)
         rate = step("Tuner", lambda: tune(cfg, data))["rate"]
@@ -326,9 +325,8 @@ def main(argv=None):
         content, candidate = (run.folder / "lite" / f"{lighter['best']}.tflite").read_bytes(), run.folder / "candidate"
         made = step("Exporter", lambda: write_candidate(candidate, [*bases], classifier, content, data))["version"]
         folders = {model: candidate / model / made for model in bases}
-        judged = step(
-            "Evaluator", lambda: pipeline.judge(folders[name], bases[name], data.test, data.labels, **limits(cfg))
-        )
+        sides = folders[name], bases[name], data.test, data.labels
+        judged = step("Evaluator", lambda: pipeline.judge(*sides, **cfg.limits))
         if blessed := judged["verdict"] == pipeline.BLESSED:
             infra = step("InfraValidator", lambda: pipeline.infra_validate(folders))
             blessed = infra["verdict"] == pipeline.INFRA_BLESSED
@@ -337,11 +335,14 @@ def main(argv=None):
             pipeline.wait_available(endpoint, bases, int(made))
             step("Rehearsal", lambda: rehearse(cfg, data, judged["metrics"]))
         else:
-            print(f"REFUSED: version {made} is not pushed; {judged['baseline'] or 'nothing'} keeps serving")
+            reasons = "; ".join((judged["reasons"] or infra["reasons"])[:3])
+            print(f"REFUSED: {made} is not pushed ({reasons}); {judged['baseline'] or 'nothing'} keeps serving")
         asked = step("Endpoint", lambda: ask(endpoint, [*bases], data)) if pipeline.versions(bases[name]) else None
         step("DriftMonitor", lambda: pipeline.monitor(data.test, data.schema))
         report(run, data, history, judged, lighter, asked)
-    print(f"demo: python -m serving.demos {UNIT}" + (f" --model {name}" if name != UNIT else ""))
+        run.record["tables"]["lineage"] = lineage
+    if pipeline.versions(bases[name]):
+        print(f"demo: {demos.command(UNIT, name, cfg.exports)}")
     return run.record
 
 

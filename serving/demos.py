@@ -9,13 +9,15 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import shlex
 import socket
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 from course import core
-from course.core import flags
+from course.core import catalogue, flags
 from serving import client, pipeline
 
 UNITS = Path(core.__file__).parents[1]
@@ -33,10 +35,21 @@ class Options:
     port: int = 7860  # port of the page; 0: any free one
 
 
+def command(unit, model, exports):
+    """The line that opens the demo of a pushed model, for the interpreter that runs now."""
+    here = Path(sys.executable)
+    words = [str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here), "-m serving.demos", unit]
+    if model != unit:
+        words.append(f"--model {shlex.quote(model)}")
+    if exports != Options.exports:
+        words.append(f"--exports {shlex.quote(exports)}")
+    return " ".join(words)
+
+
 def models(options):
     """unit -> model name, for the units asked for; `InputError` where there is nothing to show."""
     exports = Path(options.exports)
-    units = [unit.removeprefix("course.") for unit in options.units]
+    units = [catalogue.find(unit.removeprefix("course."), catalogue.units()).name for unit in options.units]
     units = units or sorted(path.name for path in exports.glob("*") if (UNITS / f"{path.name}.py").exists())
     if not units:
         raise core.InputError(f"nothing has been pushed to {exports} yet: run make run, or a unit that pushes")
@@ -44,8 +57,6 @@ def models(options):
         raise core.InputError("--model goes with one unit")
     chosen = {}
     for unit in units:
-        if not (UNITS / f"{unit}.py").exists():
-            raise core.InputError(f"there is no unit {unit}: python -m course lists them")
         chosen[unit] = options.model or unit
         if not options.url and not pipeline.versions(exports / chosen[unit]):
             raise core.InputError(
@@ -109,6 +120,7 @@ def pages(chosen, url, samples):
 def launch(chosen, url, samples, host="127.0.0.1", port=7860):
     """Show the pages until Ctrl-C; `InputError` for a taken port."""
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a demo that has just ended is free
         try:
             probe.bind((host, port))
         except OSError as error:
@@ -116,7 +128,7 @@ def launch(chosen, url, samples, host="127.0.0.1", port=7860):
         port = probe.getsockname()[1]
     page = pages(chosen, url, samples)
     page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True)
-    print(f"demo:     http://{host}:{port}\nendpoint: {url}/v1/models\nCtrl-C ends it", flush=True)
+    print(f"demo:     http://{host}:{port}\nendpoint: {url}/models\nCtrl-C ends it", flush=True)
     try:
         page.block_thread()
     finally:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import shutil
+import socket
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -476,14 +477,14 @@ def drift(histogram, reference):
 
 def monitor(served, schema):
     """The drift monitor: brightness of the pictures `served` (an `Examples`) against training's, as they came and, to
-    see that the alarm rings, darkened by half."""
+    see that the alarm would ring, darkened by half."""
     moved = {}
-    for name, factor in {"as served": 1.0, "darkened by half": 0.5}.items():
+    for name, factor in {"test pictures": 1.0, "darkened by half": 0.5}.items():
         histogram, _ = np.histogram(factor * served.brightness, bins=16, range=(0, 256))
         moved[name] = drift(histogram, schema["brightness"])
     alarm = schema["max_brightness_drift"]
-    says = ", ".join(f"{name} {value:.3f}{' ALARM' if value > alarm else ''}" for name, value in moved.items())
-    return {"divergence": moved, "says": f"Jensen-Shannon divergence {says} (alarm above {alarm:g})"}
+    says = ", ".join(f"{name} {value:.3f}{' (would ring)' if value > alarm else ''}" for name, value in moved.items())
+    return {"divergence": moved, "says": f"Jensen-Shannon divergence: {says}; the alarm is at {alarm:g}"}
 
 
 # --- Evaluator -------------------------------------------------------------------------------------------------------
@@ -693,6 +694,8 @@ def endpoint(bases, folder, *, rest_port, grpc_port):
     """
     from serving import server
 
+    for flag, port in (("--rest-port", rest_port), ("--grpc-port", grpc_port)):
+        _require_free(port, flag)
     for base in bases.values():
         files.make_folder(base)
     config = folder / "models.config"
@@ -700,6 +703,15 @@ def endpoint(bases, folder, *, rest_port, grpc_port):
     name = next(iter(bases))
     with server.spawn(name, model_config_file=config, rest_port=rest_port, grpc_port=grpc_port) as running:
         yield running
+
+
+def _require_free(port, flag):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise InputError(f"port {port} is taken or not to be had: give another {flag}, or 0 for any") from error
 
 
 def wait_available(running, names, version):
@@ -714,10 +726,10 @@ def roll_back(base):
     The folder is kept under the name `withdrawn-<version>`, which no server takes for a version.
     """
     base = Path(base)
+    if len(versions(base)) < 2:
+        raise InputError(f"{base} holds {len(versions(base))} version(s): there is none to roll back to")
     with _pushing(base):
         have = versions(base)
-        if len(have) < 2:
-            raise InputError(f"{base} holds {len(have)} version(s): there is none to roll back to")
         (base / str(have[-1])).rename(base / f"withdrawn-{have[-1]}")
     return have[-1], have[-2]
 
@@ -737,16 +749,18 @@ def _progress(items, text, total):
 
 
 def main(argv):
-    """`python -m serving.pipeline versions|roll-back exports/<model>`: what is pushed, and the way back."""
-    if len(argv) != 2 or argv[0] not in ("versions", "roll-back"):
-        raise InputError("usage: python -m serving.pipeline versions|roll-back exports/<model>")
-    if argv[0] == "versions":
-        if not versions(argv[1]):
-            raise InputError(f"{argv[1]} holds no pushed version: push one first, for example with make run")
-        print("\n".join(map(str, versions(argv[1]))))
-    else:
-        withdrawn, serving = roll_back(argv[1])
-        print(f"version {withdrawn} is withdrawn; {serving} serves")
+    """`python -m serving.pipeline versions|roll-back exports/<model> ...`: what is pushed, and the way back."""
+    if len(argv) < 2 or argv[0] not in ("versions", "roll-back"):
+        raise InputError("usage: python -m serving.pipeline versions|roll-back exports/<model> ...")
+    for base in argv[1:]:
+        if not versions(base):
+            raise InputError(f"{base} holds no pushed version: push one first, for example with make run")
+    for base in argv[1:]:
+        if argv[0] == "versions":
+            print(f"{base}: {' '.join(map(str, versions(base)))}")
+        else:
+            withdrawn, serving = roll_back(base)
+            print(f"{base}: version {withdrawn} is withdrawn; {serving} serves")
 
 
 if __name__ == "__main__":

@@ -203,3 +203,10 @@ def test_packages_that_need_tensorflow_do_not_slow_the_foundation():
             more = top | {f"{base}.{alias.name}" for base in top for alias in node.names}
             waiting += [found for found in our_modules(more, names) if found not in seen]
     assert {"course.core.catalogue", "course.core.experiment", "course.core.flags"} <= seen
+
+
+def test_every_file_that_the_readme_links_is_there():
+    text = (ROOT / "README.md").read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert any(link.endswith(".png") for link in links), "a picture of the result"
+    assert [link for link in links if not (ROOT / link).exists()] == []

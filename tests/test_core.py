@@ -100,6 +100,12 @@ def test_a_mistyped_flag_is_answered_before_tensorflow_is_imported():
     assert any(line.startswith("error: Unrecognized options: --step") for line in done.stderr.splitlines())
 
 
+def test_a_units_short_name_is_answered_with_the_whole_one():
+    done = subprocess.run([sys.executable, "-m", "course.day21"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "python -m course.day21_capsnet" in done.stderr
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 

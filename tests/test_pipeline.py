@@ -260,6 +260,9 @@ def test_push_and_roll_back(tmp_path):
     assert pipeline.versions(base) == [5]
     with pytest.raises(InputError, match="none to roll back to"):
         pipeline.main(["roll-back", str(base)])
+    with pytest.raises(InputError, match="no pushed version"):
+        pipeline.main(["roll-back", str(tmp_path / "typo")])
+    assert not (tmp_path / "typo").exists()
 
 
 def test_kill_9_in_a_push_leaves_no_version_and_the_next_push_makes_it(tmp_path):

@@ -1,8 +1,10 @@
 """From runs to the committed results and the README."""
 
+import dataclasses
 import json
 import shutil
 import statistics
+import types
 
 import pytest
 from PIL import Image
@@ -358,8 +360,13 @@ def test_replay_tells_what_is_not_recorded_and_what_fails(replayable):
 
 def test_replay_command_exits_with_1_where_a_metric_differs(replayable, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(catalogue, "units", lambda: [catalogue.Unit(NAME, tmp_path, "", "", {})])
+    where = dataclasses.make_dataclass(
+        "Config", [("seed", int, 0), ("port", int, dataclasses.field(default=8501, metadata={"where": True}))]
+    )
+    monkeypatch.setattr(catalogue.Unit, "outline", types.SimpleNamespace(Config=where))
     rows = [("loss", report.summary({"0": 1.0}), 2.0, 0.01, "differs")]
-    monkeypatch.setattr(report, "replay", lambda *words: {0: rows})
+    sent = []
+    monkeypatch.setattr(report, "replay", lambda *words: sent.append(words) or {0: rows})
     with pytest.raises(SystemExit) as stop:
         report.main(["replay", NAME])
     assert stop.value.code == 1
@@ -367,6 +374,7 @@ def test_replay_command_exits_with_1_where_a_metric_differs(replayable, monkeypa
     monkeypatch.setattr(report, "replay", lambda *words: {0: [(*rows[0][:-1], "agrees")]})
     report.main(["replay", NAME])
     assert "every judged metric falls within" in capsys.readouterr().out
+    assert report._elsewhere(sent[0][-1], "thrown_away") == ["--port", "0"]  # never the user's own
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -19,5 +19,5 @@ def cli(main, argv=None):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -17,7 +17,7 @@ from typing import Any
 import tyro
 
 from course.core import files, flags, runtime
-from course.core.errors import InputError
+from course.core.errors import InputError, cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,16 +48,16 @@ def parse(config, presets, argv=None, *, unit=None):
     preset = _preset(argv, presets)
     base = config(**presets[preset])
     settings = dataclasses.make_dataclass(
-        "Settings", [("options", tyro.conf.OmitArgPrefixes[Options]), ("config", tyro.conf.OmitArgPrefixes[config])]
+        "Settings", [("running", tyro.conf.OmitArgPrefixes[Options]), ("unit", tyro.conf.OmitArgPrefixes[config])]
     )
     settings.__doc__ = None
     read = flags.read(settings(Options(preset=preset), base), argv, prog=prog, description=_claim(config))
-    _check_numbers(base, read.config)
-    overrides = _differences(base, read.config) | _differences(
-        Options(preset=preset, runs=read.options.runs, fresh=read.options.fresh), read.options
+    _check_numbers(base, read.unit)
+    overrides = _differences(base, read.unit) | _differences(
+        Options(preset=preset, runs=read.running.runs, fresh=read.running.fresh), read.running
     )
     overrides.pop("seed", None)  # the seed has its own place in the folder's name
-    return dataclasses.replace(read.options, preset=_name(preset, overrides)), read.config
+    return dataclasses.replace(read.running, preset=_name(preset, overrides)), read.unit
 
 
 def _preset(argv, presets):
@@ -120,13 +120,22 @@ def check_command_line(words):
     """
     module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
     path = ROOT / "course" / f"{module.removeprefix('course.')}.py"
-    if not module.startswith("course.") or not path.exists() or "__" in path.stem:
+    if not module.startswith("course.") or "." in module.removeprefix("course.") or "__" in path.stem:
+        return
+    if not path.exists() and not path.with_suffix("").is_dir():
+        cli(lambda argv: _name_in_full(module), [])
+    if not path.exists():
         return
     stub = outline(module, path)
-    from course.core.errors import cli
-
     if hasattr(stub, "Config"):
         cli(lambda argv: parse(stub.Config, stub.PRESETS, argv, unit=module), words[words.index("-m") + 2 :])
+
+
+def _name_in_full(module):
+    from course.core import catalogue
+
+    unit = catalogue.find(module, catalogue.units())  # an InputError with the nearest names where there is none
+    raise InputError(f"{module} is short for course.{unit.name}: python -m course.{unit.name}")
 
 
 def outline(module, path):
@@ -224,7 +233,11 @@ def run(unit, options, cfg):
         }
         run = Run(folder, record, strategy, before)
         with strategy.scope():
-            yield run
+            try:
+                yield run
+            except KeyboardInterrupt:
+                print(f"\nthe run is kept in {folder}: the same command goes on from its last checkpoint")
+                raise
         record |= {
             "seconds": round(run.seconds, 1),
             "hardware": runtime.hardware(),

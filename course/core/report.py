@@ -88,7 +88,7 @@ def aggregate(found):
     """One record of several runs: `found` is a list of (folder, result), the lowest seed first.
 
     Each metric becomes {"mean", "std", "n", "values": {seed: value}}; std is the sample deviation (n - 1), None for a
-    single seed.  History, tables and figures are those of the lowest seed.  Raises `InputError` for mixed runs.
+    single seed.  Tables and figures are those of the lowest seed.  Raises `InputError` for mixed runs.
     """
     first_folder, first = found[0]
     for folder, result in found[1:]:
@@ -228,9 +228,11 @@ def _cell(text):
 # --- replay ----------------------------------------------------------------------------------------------------------
 
 
-def replay(unit, preset="cpu", seeds=(0,), results=catalogue.RESULTS):
+def replay(unit, preset="cpu", seeds=(0,), results=catalogue.RESULTS, where=()):
     """Run the command recorded for `unit` again, for each of `seeds`; returns {seed: rows of `compare`}.
 
+    `where`: the fields of the unit's Config that say where it writes and listens; a replay must not push to the user's
+    exports, so it is sent to a folder that is thrown away, and to any free port.
     Raises `InputError` where nothing is recorded or the command fails.
     """
     records = catalogue.recorded(unit, results)
@@ -239,13 +241,18 @@ def replay(unit, preset="cpu", seeds=(0,), results=catalogue.RESULTS):
     record, rows = records[preset], {}
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            command = seed_command(record["command"], seed) + ["--runs", folder]
+            command = seed_command(record["command"], seed) + ["--runs", folder] + _elsewhere(where, folder)
             done = subprocess.run([sys.executable, *command[1:]], cwd=catalogue.ROOT)
             if done.returncode:
                 raise InputError(f"{shlex.join(command)} ended with status {done.returncode}")
             result = json.loads(next(Path(folder).glob("*/*/result.json")).read_text())
         rows[seed] = compare(record["metrics"], result["metrics"])
     return rows
+
+
+def _elsewhere(where, folder):
+    places = {field.name: "0" if isinstance(field.default, int) else f"{folder}/{field.name}" for field in where}
+    return [word for name, place in places.items() for word in (f"--{name.replace('_', '-')}", place)]
 
 
 def seed_command(command, seed):
@@ -324,7 +331,7 @@ def main(argv):
             print(f"note: these runs are of uncommitted code (commit {record['commit']})")
         print(f"course/results/{unit.name}.json: {command.preset}, seeds {', '.join(map(str, record['seeds']))}")
     else:
-        _main_replay(unit.name, command)
+        _main_replay(unit, command)
 
 
 def _main_readme(command):
@@ -347,8 +354,9 @@ def _main_replay(unit, command):
     from rich.table import Table
 
     differs = 0
-    for seed, rows in replay(unit, command.preset, command.seeds).items():
-        table = Table(title=f"{unit}, {command.preset}, seed {seed}, replayed", title_justify="left")
+    where = [field for field in dataclasses.fields(unit.outline.Config) if field.metadata.get("where")]
+    for seed, rows in replay(unit.name, command.preset, command.seeds, catalogue.RESULTS, where).items():
+        table = Table(title=f"{unit.name}, {command.preset}, seed {seed}, replayed", title_justify="left")
         for column in ("metric", "recorded", "replayed", "allowed difference", "verdict"):
             table.add_column(column, justify="left" if column in ("metric", "verdict") else "right")
         for name, recorded, value, allowed, verdict in rows:

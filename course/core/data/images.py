@@ -158,9 +158,9 @@ def entry(name):
 
         near = get_close_matches(name, SETS, n=3, cutoff=0.5)
         raise InputError(
-            f"no data set is called {name!r}"
-            + (f"; did you mean {' or '.join(near)}?" if near else "")
-            + " `python -m course.core.data` lists them all"
+            f"no data set is called {name!r}: "
+            + (f"did you mean {' or '.join(near)}? " if near else "")
+            + "`python -m course.core.data` lists them"
         )
     return SETS[name]
 
