@@ -25,7 +25,7 @@ def convert(model, kind, representative=None):
     float:   float32 weights and arithmetic.          float16: float16 weights, float32 arithmetic.
     dynamic: int8 weights, activations quantised as they come (no data needed).
     int8:    int8 weights (per channel) and activations, whose ranges are measured on `representative` [N, ...] (a few
-             hundred real inputs, as the model takes them); the file takes uint8 and gives float32.
+             hundred real pictures, 0..255); the file takes uint8 pixels as they are and gives float32.
     """
     import tensorflow as tf
 
@@ -39,11 +39,18 @@ def convert(model, kind, representative=None):
     if kind == "int8":
         if representative is None or not len(representative):
             raise ValueError("full int8 needs representative inputs to measure the activations' ranges on")
-        converter.representative_dataset = lambda: ([row[None].astype("float32")] for row in representative)
+        whole = np.linspace(0, 255, representative[0].size).reshape(representative[:1].shape)
+        samples = np.concatenate([whole, representative]).astype(
+            "float32"
+        )  # all of 0..255: the input's scale is then 1
+        converter.representative_dataset = lambda: ([row[None]] for row in samples)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
         converter.inference_input_type = tf.uint8
     with _quiet():
-        return converter.convert()
+        content = converter.convert()
+    if kind == "int8" and interpreter(content).get_input_details()[0]["quantization"] != (1.0, 0):
+        raise RuntimeError("a pixel would not be its own quantised value: what clients send would be misread")
+    return content
 
 
 @contextlib.contextmanager

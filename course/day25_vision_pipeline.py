@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Config:
     data: str = "fashion_mnist"  # a data set by name, or a folder with one folder of pictures per class
     limit: int = 0  # pictures used of each class; 0: all
     skip_corrupt: bool = False  # leave files that cannot be decoded out (and report them) where one would stop the run
-    size: int = 0  # side of the model's input in pixels; 0: the pictures' median side, at most 64
+    size: int = 0  # side of the model's input in pixels, at least 16; 0: the pictures' median side, at most 64
     width: int = 24  # channels of the first convolution
     steps: int = 12_000  # training steps, whatever the size of the data: the time is known beforehand
     batch: int = 128  # pictures a step
@@ -85,9 +86,7 @@ PRESETS = {
 # | Evaluator | metrics by slice, a *blessing* | worse than a floor, or than the version that serves |
 # | InfraValidator | an *infra blessing* | a real server cannot load it or answers differently |
 # | Pusher | a version folder | either blessing is missing |
-#
-# After the push, a *rehearsal* sees whether the gate would refuse a half-trained network, the *endpoint* is queried as
-# a client would, and a *drift monitor* compares pictures with those of training.
+# | Rehearsal, Endpoint, DriftMonitor | would a weak network pass? what is answered? how far from training? | - |
 
 
 # %% [markdown]
@@ -111,23 +110,23 @@ class Data:
     labels: list
     shape: tuple  # (H, W, C) of the model's input
     schema: dict
-
-    def one_hot(self, y):
-        return keras.utils.to_categorical(y, len(self.labels))
+    strategy: object  # of tf.distribute; networks are built and trained in its scope
 
 
 def build_model(cfg, data):
     """The classifier of `models.convnets`, with the training pixels' own moments: pixels 0..255 -> logits."""
-    part = data.x[:5000].astype("float64")
-    mean, variance = part.mean(axis=(0, 1, 2)), np.maximum(part.var(axis=(0, 1, 2)), 1.0)
-    return small_resnet(data.shape, len(data.labels), cfg.width, mean.tolist(), variance.tolist())
+    part = data.x[:2000]
+    mean, variance = part.mean(axis=(0, 1, 2), dtype="float64"), part.var(axis=(0, 1, 2), dtype="float64")
+    return small_resnet(data.shape, len(data.labels), cfg.width, mean.tolist(), np.maximum(variance, 1).tolist())
 
 
 def augmented(cfg, classifier, rate, steps):
     """`classifier` inside its augmentation, compiled: SGD with Nesterov's momentum, warm-up and cosine over `steps`."""
-    augment = [layers.RandomFlip("horizontal")] if cfg.flip else []
-    augment.append(layers.RandomTranslation(0.04, 0.04, fill_mode="nearest"))
-    augment.append(layers.RandomErasing(factor=0.5, scale=(0.02, 0.2), value_range=(0, 255), fill_value=0.0))
+    augment = (
+        [layers.RandomFlip("horizontal", dtype="float32")] if cfg.flip else []
+    )  # drawn in float32 at any precision
+    augment.append(layers.RandomTranslation(0.04, 0.04, fill_mode="nearest", dtype="float32"))
+    augment.append(layers.RandomErasing(0.5, (0.02, 0.2), value_range=(0, 255), fill_value=0.0, dtype="float32"))
     model = keras.Sequential([keras.Input(classifier.input_shape[1:]), *augment, classifier])
     warm = max(1, steps // 20)
     schedule = keras.optimizers.schedules.CosineDecay(0.0, max(1, steps - warm), warmup_target=rate, warmup_steps=warm)
@@ -140,28 +139,31 @@ def augmented(cfg, classifier, rate, steps):
     return model
 
 
-def fit(cfg, model, data, steps, resume=None, **options):
-    """Train for `steps` steps, counted in whole epochs; continues where `resume` says."""
-    batch = min(cfg.batch, len(data.x))
+def learn(cfg, data, rate, steps, run=None):
+    """The network of the seed after about `steps` steps, in whole epochs: classifier, validation loss, history."""
+    n = data.strategy.num_replicas_in_sync  # every replica gets its equal share of a batch
+    batch = max(n, min(cfg.batch, len(data.x)) // n * n)
     passes = math.ceil(50 * batch / len(data.x))  # of a small set, between two checkpoints
     each = min(steps, passes * (len(data.x) // batch))
-    epochs, first = max(1, round(steps / each)), resume.epoch if resume else 0
-    stream = core.data.batches((data.x, data.one_hot(data.y)), batch, seed=cfg.seed, first_epoch=first * passes,
-                               epochs=epochs * passes)  # fmt: skip
-    model.fit(stream, steps_per_epoch=each, epochs=epochs, initial_epoch=first, verbose=0, **options)
-    return model
-
-
-def trial(cfg, data, rate):
-    """A network from the seed's own start, trained for a few steps."""
-    keras.utils.set_random_seed(cfg.seed)
-    return fit(cfg, augmented(cfg, build_model(cfg, data), rate, cfg.trial_steps), data, cfg.trial_steps)
+    epochs, some = max(1, round(steps / each)), len(data.x_val) // n * n
+    held_out = (data.x_val[:some], keras.utils.to_categorical(data.val.label[:some], len(data.labels)))
+    with data.strategy.scope():
+        keras.utils.set_random_seed(cfg.seed)
+        classifier = build_model(cfg, data)
+        model = augmented(cfg, classifier, rate, each * epochs)
+        resume = run.checkpoint(model) if run else None
+        first, callbacks = (resume.epoch, [resume, core.Progress()]) if run else (0, [])
+        arrays = (data.x, keras.utils.to_categorical(data.y, len(data.labels)))
+        stream = core.data.batches(arrays, batch, seed=cfg.seed, first_epoch=first * passes, epochs=epochs * passes)
+        model.fit(stream, steps_per_epoch=each, epochs=epochs, initial_epoch=first, callbacks=callbacks, verbose=0,
+                  validation_data=held_out if run else None, validation_batch_size=256)  # fmt: skip
+        loss, _ = model.evaluate(*held_out, batch_size=256, verbose=0)
+    return classifier, loss, resume.history if run else None
 
 
 def tune(cfg, data):
     """The Tuner: every learning rate for a few steps; the lowest validation loss wins."""
-    held_out = (data.x_val[:2000], data.one_hot(data.val.label[:2000]))
-    losses = {rate: trial(cfg, data, rate).evaluate(*held_out, batch_size=256, verbose=0)[0] for rate in cfg.rates}
+    losses = {rate: learn(cfg, data, rate, cfg.trial_steps)[1] for rate in cfg.rates}
     best = min(losses, key=losses.get)
     tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items())
     return {"rate": best, "says": f"learning rate {best:g} (validation loss {tried})"}
@@ -169,19 +171,11 @@ def tune(cfg, data):
 
 def train(cfg, run, data, rate):
     """The Trainer: the classifier, trained with a checkpoint an epoch and saved as `classifier.keras`."""
-    keras.utils.set_random_seed(cfg.seed)
-    classifier = build_model(cfg, data)
-    steps = max(1, cfg.steps // 20) if cfg.worse else cfg.steps
-    model = augmented(cfg, classifier, rate, steps)
-    resume = run.checkpoint(model)
-    held_out = (data.x_val, data.one_hot(data.val.label))
-    fit(cfg, model, data, steps, resume, callbacks=[resume, core.Progress()], validation_data=held_out,
-        validation_batch_size=256)  # fmt: skip
+    classifier, _, history = learn(cfg, data, rate, max(1, cfg.steps // 20) if cfg.worse else cfg.steps, run)
     with core.files.atomic_path(run.folder / "classifier.keras") as temporary:
         classifier.save(temporary)
-    last = {name: values[-1] for name, values in resume.history.items()}
-    says = f"{classifier.count_params():,} parameters, validation accuracy {last['val_accuracy']:.4f}"
-    return {"history": resume.history, "says": says}
+    says = f"{classifier.count_params():,} parameters, validation accuracy {history['val_accuracy'][-1]:.4f}"
+    return {"history": history, "says": says}
 
 
 # %% [markdown]
@@ -199,7 +193,8 @@ def serve(classifier, data):
 
 def compress(cfg, folder, classifier, data):
     """LiteRT files of four kinds; of those that pass the gate on the validation split, the smallest is the best."""
-    named = keras.Model(classifier.input, {"probabilities": layers.Softmax()(classifier.output)})
+    softmax = layers.Softmax(dtype="float32")(classifier.output)
+    named = keras.Model(classifier.input, {"probabilities": softmax})
     x, x_test = data.x_val.astype("float32"), pipeline.pixels(data.test, data.shape).astype("float32")
     rows = lite.compare(named, folder, data.x[:300], {"val": x, "test": x_test})
     found = {kind: pipeline.evaluate(row.pop("val"), data.val, data.labels) for kind, row in rows.items()}
@@ -213,9 +208,11 @@ def compress(cfg, folder, classifier, data):
     return {"rows": rows, "best": best, "smaller": smaller, "says": says}
 
 
-def write_candidate(folder, names, classifier, content, data):
+def write_candidate(folder, bases, classifier, content, data):
     """Write the version to be judged, float and compressed, under one number: the second it was made."""
-    number = str(int(time.time()))
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier or a killed run
+    names, newest = [*bases], max([0, *(number for base in bases.values() for number in pipeline.versions(base))])
+    number = str(max(int(time.time()), newest + 1))
     files = np.array(list(pipeline.contents(data.test).take(4).as_numpy_iterator()), dtype=object)
     pixels = pipeline.pixels(data.test, data.shape, count=4)
     sample = {"serving_default": {"image_bytes": files}, "pixels": {"pixels": pixels}}
@@ -227,7 +224,8 @@ def write_candidate(folder, names, classifier, content, data):
 
 def rehearse(cfg, data, metrics):
     """The network after one of the tuner's trials, held against the new version: the gate should say no."""
-    logits = trial(cfg, data, cfg.rates[0]).predict(pipeline.pixels(data.test, data.shape), batch_size=256, verbose=0)
+    weak = export.in_float32(learn(cfg, data, cfg.rates[0], cfg.trial_steps)[0])
+    logits = weak.predict(pipeline.pixels(data.test, data.shape), batch_size=256, verbose=0)
     quality = pipeline.evaluate(np.asarray(keras.ops.softmax(logits)), data.test, data.labels)
     verdict = pipeline.bless(quality, metrics, **cfg.limits)
     says = f"a network of {cfg.trial_steps} steps would be {verdict['verdict']}: {'; '.join(verdict['reasons'][:1])}"
@@ -246,11 +244,12 @@ def ask(endpoint, names, data):
     """Query the endpoint by every route: its answers for 16 test pictures, milliseconds a call from one client."""
     client, small = (Client(endpoint.url, endpoint.grpc_target, model=name) for name in names)
     files = list(pipeline.contents(data.test).take(16).as_numpy_iterator())
-    answers = client.predict(instances=files)  # bytes travel as {"b64": ...}
+    answers = [client.predict(instances=[file])[0] for file in files]  # bytes travel as {"b64": ...}
     remote = client.predict_grpc({"image_bytes": np.array(files, dtype=object)})
     if not np.allclose([row["probabilities"] for row in answers], remote["probabilities"], atol=1e-5):
         raise RuntimeError("REST and gRPC answer differently for the same pictures")
-    one, pixels = np.array(files[:1], dtype=object), pipeline.pixels(data.test, data.shape, count=1)
+    shape = [int(size) for size in client.input_shape("pixels")[1:]]  # of the version that serves
+    one, pixels = np.array(files[:1], dtype=object), pipeline.pixels(data.test, shape, count=1)
     latency = {
         "REST, file": time_calls(lambda: client.predict(instances=files[:1])),
         "gRPC, file": time_calls(lambda: client.predict_grpc({"image_bytes": one})),
@@ -276,10 +275,10 @@ def examine(cfg, run, base, step):
     # the split belongs to the data: another seed must not put the last version's training pictures into the test
     options = dict(seed=0, limit=cfg.limit, val_share=0.05, skip_corrupt=cfg.skip_corrupt)
     splits, labels, schema, found = pipeline.examine(source, run.folder / "examples", base, step, **options)
-    side = cfg.size or min(64, int(found["side"]["median"]))
+    side = cfg.size or max(16, min(64, int(found["side"]["median"])))
     shape = (side, side, schema["channels"])
     x, x_val = pipeline.pixels(splits["train"], shape), pipeline.pixels(splits["val"], shape)
-    return Data(x, splits["train"].label, x_val, splits["val"], splits["test"], labels, shape, schema)
+    return Data(x, splits["train"].label, x_val, splits["val"], splits["test"], labels, shape, schema, run.strategy)
 
 
 def report(run, data, history, judged, lighter, asked):
@@ -311,19 +310,20 @@ def main(argv=None):
     options, cfg = core.parse(Config, PRESETS, argv)
     if not Path(cfg.data).is_dir() and cfg.data not in core.data.SETS:
         raise core.InputError(f"--data {cfg.data} is neither a folder nor a data set of `python -m course.core.data`")
-    name = UNIT if not Path(cfg.data).is_dir() else f"day25_{core.data.slug(Path(cfg.data).resolve().name)}"
+    name = pipeline.model_name("day25", cfg.data) if Path(cfg.data).is_dir() else UNIT
     bases = {model: Path(cfg.exports) / model for model in (name, f"{name}_lite")}
     ports = dict(rest_port=cfg.rest_port, grpc_port=cfg.grpc_port)
-    with core.run(UNIT, options, cfg) as run, pipeline.endpoint(bases, run.folder, **ports) as endpoint:
+    outside = dict(scope=False, inputs=pipeline.inputs(cfg.data, cfg.exports))
+    with core.run(UNIT, options, cfg, **outside) as run, pipeline.endpoint(bases, run.folder, **ports) as endpoint:
         step = functools.partial(pipeline.component, run, lineage := [])
         data = examine(cfg, run, bases[name], step)
         run.record["data"] = pipeline.provenance(run.folder)
         rate = step("Tuner", lambda: tune(cfg, data))["rate"]
         history = run.record["history"] = step("Trainer", lambda: train(cfg, run, data, rate))["history"]
-        classifier = keras.models.load_model(run.folder / "classifier.keras")
+        classifier = export.in_float32(keras.models.load_model(run.folder / "classifier.keras", compile=False))
         lighter = step("Compressor", lambda: compress(cfg, run.folder / "lite", classifier, data))
         content, candidate = (run.folder / "lite" / f"{lighter['best']}.tflite").read_bytes(), run.folder / "candidate"
-        made = step("Exporter", lambda: write_candidate(candidate, [*bases], classifier, content, data))["version"]
+        made = step("Exporter", lambda: write_candidate(candidate, bases, classifier, content, data))["version"]
         folders = {model: candidate / model / made for model in bases}
         sides = folders[name], bases[name], data.test, data.labels
         judged = step("Evaluator", lambda: pipeline.judge(*sides, **cfg.limits))
@@ -332,11 +332,11 @@ def main(argv=None):
             blessed = infra["verdict"] == pipeline.INFRA_BLESSED
         if blessed:
             step("Pusher", lambda: pipeline.push_all(folders, bases))
-            pipeline.wait_available(endpoint, bases, int(made))
             step("Rehearsal", lambda: rehearse(cfg, data, judged["metrics"]))
         else:
             reasons = "; ".join((judged["reasons"] or infra["reasons"])[:3])
             print(f"REFUSED: {made} is not pushed ({reasons}); {judged['baseline'] or 'nothing'} keeps serving")
+        pipeline.wait_available(endpoint, bases)
         asked = step("Endpoint", lambda: ask(endpoint, [*bases], data)) if pipeline.versions(bases[name]) else None
         step("DriftMonitor", lambda: pipeline.monitor(data.test, data.schema))
         report(run, data, history, judged, lighter, asked)

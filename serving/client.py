@@ -65,6 +65,14 @@ class Client:
         answer = self._ask("GET", self._path(version, label) + "/metadata")
         return answer["metadata"]["signature_def"]["signature_def"]
 
+    def input_shape(self, signature="serving_default"):
+        """Sizes of the only input of a signature, -1 where any will do; `ServingError` where there are several."""
+        inputs = self.metadata()[signature]["inputs"]
+        if len(inputs) != 1:
+            raise ServingError("INVALID_ARGUMENT", f"{signature} takes {', '.join(sorted(inputs))}: name one")
+        (info,) = inputs.values()
+        return [int(dim["size"]) for dim in info["tensor_shape"].get("dim", [])]
+
     def predict(self, instances=None, inputs=None, signature=None, version=None, label=None):
         """Predict over REST: `instances` in row format or `inputs` in column format; returns what answers them.
 

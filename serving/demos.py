@@ -150,8 +150,7 @@ def main(argv=None):
         if not url:
             bases = {model: Path(options.exports) / model for model in chosen.values()}
             endpoint = stack.enter_context(pipeline.endpoint(bases, folder, rest_port=0, grpc_port=0))
-            for model, base in bases.items():
-                pipeline.wait_available(endpoint, [model], pipeline.versions(base)[-1])
+            pipeline.wait_available(endpoint, bases)
             url = endpoint.url
         launch(chosen, url, samples, options.host, options.port)
 

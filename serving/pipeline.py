@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import math
+import re
 import shutil
 import socket
 import tempfile
@@ -77,8 +78,8 @@ def ingest(source, folder, *, seed, limit=0, val_share=0.1, test_share=0.15, ski
     """Raw pictures in `source` -> TFRecord shards and `manifest.json` in `folder`, which appears whole or not at all.
 
     `source` holds a folder a class, or `train/` and `test/` with a folder a class each.  Pictures are grouped by the
-    sha256 of their decoded pixels, and a group never crosses the split: it is dealt out by a hash of (seed, pixels),
-    class by class, so that adding pictures later moves none from training to test.  Copies of one picture are kept
+    sha256 of their decoded pixels, and a group never crosses the split: a hash of (seed, pixels) decides where each
+    one goes, so that adding pictures later moves none from training to test.  Copies of one picture are kept
     once; where copies carry different labels none is kept.  Where `source` brings its own test part that part is
     kept, and copies of its pictures are taken out of training.  `limit`: files taken of each folder, 0 for all.
 
@@ -125,21 +126,49 @@ def ingest(source, folder, *, seed, limit=0, val_share=0.1, test_share=0.15, ski
     return manifest
 
 
+def model_name(prefix, folder):
+    """The name under which a model of the user's own folder is pushed: `<prefix>_<folder>`, in letters and digits.
+
+    Six digits of a hash follow where the folder's name leaves nothing, or could pass for another model's.
+    """
+    own = Path(folder).resolve().name
+    plain = "_".join(re.findall(r"[a-z0-9]+", own.lower()))
+    if not plain or plain == "vision_pipeline" or plain.endswith("_lite") or not own.isascii():
+        plain = "_".join(filter(None, [plain, hashlib.sha256(own.encode(errors="replace")).hexdigest()[:6]]))
+    return f"{prefix}_{plain}"
+
+
+def inputs(source, exports):
+    """What a pipeline's run depends on outside its own folder: the pictures, where they are the user's own (names,
+    sizes, times of change), and the place it pushes to.  An interrupted run is continued only over the same."""
+    source = Path(source)
+    paths = sorted(source.rglob("*")) if source.is_dir() else []
+    found = [(str(path.relative_to(source)), path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths]
+    return [str(Path(exports).resolve()), hashlib.sha256(repr(found).encode(errors="replace")).hexdigest()]
+
+
 def _find(source, limit):
     """The picture files of a folder of class folders, in a fixed order."""
     if not source.is_dir():
         raise InputError(f"{source} is not a folder: --data takes a folder that holds a folder of pictures a class")
-    inside = {path.name: path for path in sorted(source.iterdir()) if path.is_dir() and path.name[0] != "."}
-    parts = inside if {"train", "test"} <= set(inside) else {"": source}
+    inside = {path.name: path for path in sorted(source.iterdir()) if path.is_dir() and path.name[0] not in "._"}
+    parts = inside if set(inside) == {"train", "test"} else {"": source}
+    if "train" in inside and parts is not inside:
+        others = ", ".join(sorted(set(inside) - {"train"})) or "nothing"
+        raise InputError(f"{source} holds train/ and {others}: give train/ and test/ alone, or the class folders alone")
     pictures = []
     for part in ("train", "test", ""):
         if part not in parts:
             continue
-        for folder in sorted(path for path in parts[part].iterdir() if path.is_dir() and path.name[0] != "."):
-            found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        for folder in sorted(path for path in parts[part].iterdir() if path.is_dir() and path.name[0] not in "._"):
+            # names with a dot in front are other programs' notes (macOS: ._picture.jpg)
+            found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
             if not found:
                 kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
                 raise InputError(f"class {folder.name} is empty: {folder} holds no {kinds} file; add some or remove it")
+            for path in found:
+                if not str(path).isprintable():
+                    raise InputError(f"the name {str(path)!a} is not readable text: rename the file or folder")
             if limit:  # by a hash of the names: theirs is an order that may mean something
                 found = sorted(found, key=lambda path: hashlib.sha256(path.name.encode()).digest())[:limit]
             pictures += [_Picture(path, part, folder.name) for path in found]
@@ -156,7 +185,8 @@ def _read(picture):
         content = picture.path.read_bytes()
         decoded = tf.io.decode_image(content, expand_animations=False).numpy()
     except (OSError, tf.errors.InvalidArgumentError) as error:
-        reason = "the file is empty" if not picture.path.stat().st_size else type(error).__name__
+        empty = picture.path.exists() and not picture.path.stat().st_size
+        reason = "the file is empty" if empty else type(error).__name__
         return f"{picture.path} cannot be decoded ({reason})"
     colour = decoded[..., :3]
     grey = colour.shape[-1] < 3 or bool((colour == colour[..., :1]).all())
@@ -183,21 +213,27 @@ def _one_of_each(groups):
 
 
 def _split(pictures, labels, seed, val_share, test_share):
-    """Deal pictures to train, val and test, class by class, by the rank of a hash of (seed, pixels)."""
+    """Deal pictures to train, val and test by a number in 0..1 of their own, made from (seed, pixels)."""
+
+    def chance(picture):
+        digest = hashlib.sha256(f"{seed} {picture.pixels}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
     split = {name: [] for name in SPLITS}
     given = any(picture.part == "test" for picture in pictures)
     for label in labels:
         mine = [picture for picture in pictures if picture.label == label]
         split["test"] += [picture for picture in mine if picture.part == "test"]
-        mine = [picture for picture in mine if picture.part != "test"]
-        mine.sort(key=lambda picture: hashlib.sha256(f"{seed} {picture.pixels}".encode()).digest())
-        tests = 0 if given else math.ceil(test_share * len(mine)) if len(mine) > 2 else 0
-        vals = math.ceil(val_share * len(mine)) if len(mine) - tests > 1 else 0
+        mine = sorted((picture for picture in mine if picture.part != "test"), key=chance)
+        # below its share is test, the next share is validation; where none fell there, the lowest does
+        tests = 0 if given or len(mine) < 3 else max(1, sum(chance(picture) < test_share for picture in mine))
+        share = val_share if given else test_share + val_share
+        vals = max(1, sum(chance(picture) < share for picture in mine) - tests) if len(mine) - tests > 1 else 0
         split["test"] += mine[:tests]
         split["val"] += mine[tests : tests + vals]
         split["train"] += mine[tests + vals :]
     for part in split.values():  # mix the classes within the shards
-        part.sort(key=lambda picture: hashlib.sha256(f"{seed} {picture.pixels}".encode()).digest())
+        part.sort(key=chance)
     return split
 
 
@@ -358,7 +394,7 @@ def examine(source, folder, base, step, **options):
     step("StatisticsGen", lambda: found | {"says": summary(found["train"])})
     known = schema_of(base)
     origin = {"says": "of the last version" if known else "inferred from the training split"}
-    schema = step("SchemaGen", lambda: (known or infer_schema(found["train"])) | origin)
+    schema = step("SchemaGen", lambda: {"schema": known or infer_schema(found["train"])} | origin)["schema"]
     anomalies = [anomaly for name in found for anomaly in validate(found[name], schema, name)]
     step("ExampleValidator", lambda: verdict_on(manifest["anomalies"] + anomalies))
     return splits, manifest["labels"], schema, found["train"]
@@ -499,7 +535,7 @@ def answers(version, examples):
     import tensorflow as tf
 
     call = tf.saved_model.load(str(version)).signatures["serving_default"]
-    parts = [call(image_bytes=part)["probabilities"].numpy() for part in contents(examples).batch(256)]
+    parts = [call(image_bytes=part)["probabilities"].numpy() for part in contents(examples).batch(32)]
     return np.concatenate(parts), (Path(version) / "assets.extra" / "labels.txt").read_text().splitlines()
 
 
@@ -575,16 +611,16 @@ def judge(version, base, examples, labels, **thresholds):
     return verdict | {"metrics": metrics, "baseline": have[-1] if have else None, "says": says}
 
 
-def bless(candidate, baseline, *, floor=0.0, max_drop, max_slice_drop):
+def bless(candidate, baseline, *, floor=None, max_drop, max_slice_drop):
     """The Evaluator's verdict, as {"verdict", "reasons"}: `candidate` and `baseline` are answers of `evaluate` on the
     same test split, `baseline` None where nothing has been pushed yet (then only the value threshold counts).
 
-    Value threshold: accuracy at least `floor`.  Change thresholds: accuracy at most `max_drop` below the baseline's,
-    and that of no slice of 50 examples or more at most `max_slice_drop` below.
+    Value threshold: accuracy above `floor` (None: none).  Change thresholds: accuracy at most `max_drop` below the
+    baseline's, and that of no slice of 50 examples or more at most `max_slice_drop` below.
     """
     reasons = []
-    if not candidate["accuracy"] >= floor:
-        reasons.append(f"accuracy {candidate['accuracy']:.4f} is below the floor of {floor:.4f}")
+    if floor is not None and not candidate["accuracy"] > floor:
+        reasons.append(f"accuracy {candidate['accuracy']:.4f} is not above the floor of {floor:.4f}")
     if baseline is not None:
         drop = baseline["accuracy"] - candidate["accuracy"]
         if drop > max_drop:
@@ -714,10 +750,11 @@ def _require_free(port, flag):
             raise InputError(f"port {port} is taken or not to be had: give another {flag}, or 0 for any") from error
 
 
-def wait_available(running, names, version):
-    """Wait until `version` of every model serves at an endpoint."""
-    for name in names:
-        dataclasses.replace(running, model_name=name).wait_available(version)
+def wait_available(running, bases):
+    """Wait until the newest pushed version of every model (name -> base folder) serves at an endpoint."""
+    for name, base in bases.items():
+        if have := versions(base):
+            dataclasses.replace(running, model_name=name).wait_available(have[-1])
 
 
 def roll_back(base):

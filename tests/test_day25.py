@@ -79,14 +79,13 @@ def test_the_demo_calls_the_endpoint(pushed, folder):
     base = folder / "exports" / unit.UNIT
     picture = next((folder / "runs").rglob("raw/test/*/*.png")).read_bytes()
     with pipeline.endpoint({unit.UNIT: base}, folder, rest_port=0, grpc_port=0) as endpoint:
-        pipeline.wait_available(endpoint, [unit.UNIT], pipeline.versions(base)[-1])
+        pipeline.wait_available(endpoint, {unit.UNIT: base})
         answer = demos.predictor(endpoint.url, unit.UNIT)(picture)
         assert answer["version"] == pipeline.versions(base)[-1]
         assert len(answer["probabilities"]) == 10
         assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-4)
         tries = demos.examples(folder / "exports", unit.UNIT, folder)
         assert len(tries) == 4
-        assert tries[0].read_bytes() != picture
         page = demos.pages({unit.UNIT: unit.UNIT}, endpoint.url, {unit.UNIT: tries})
         assert page.fn(None)[1] == "Choose a picture first."
         with pytest.raises(gradio.Error, match="400"):
@@ -104,6 +103,18 @@ def test_a_taken_port_is_one_line_and_nothing_is_lost(tmp_path):
         with pytest.raises(core.InputError, match=f"{port}.*taken"):
             unit.main([*words(tmp_path), "--rest-port", port])
     assert pipeline.versions(tmp_path / "exports" / unit.UNIT) == []
+
+
+@pytest.mark.parametrize("words_for", [["--precision", "mixed_float16"], ["--strategy", "mirrored:2"]])
+def test_it_runs_in_16_bits_and_on_two_replicas(tmp_path, words_for):
+    """In a process of its own: devices and precision are fixed once."""
+    more = ["--limit", "21", "--steps", "60", *words_for]  # an odd number of pictures
+    code = f"from course import day25_vision_pipeline as unit; unit.main({words(tmp_path, *more)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads(next(tmp_path.rglob("result.json")).read_text())
+    assert (record["precision"], record["replicas"]) in [("mixed_float16", 1), ("float32", 2)]
+    assert says(record, "InfraValidator").startswith("INFRA_BLESSED")
 
 
 def start_and_kill(folder, when, patch=""):

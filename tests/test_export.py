@@ -1,10 +1,12 @@
 """From a Keras model to what is served: the SavedModel's signatures, and the LiteRT files."""
 
 import base64
+import io
 import json
 
 import keras
 import numpy as np
+import PIL.Image
 import pytest
 import tensorflow as tf
 
@@ -100,6 +102,34 @@ def test_a_picture_of_another_size_is_fitted_whole_and_centred_on_black(encode):
 
 def test_a_picture_of_the_right_size_is_untouched(pixels):
     np.testing.assert_array_equal(export.decode_image(png(pixels[0]), SHAPE), pixels[0])
+    every_grey = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    np.testing.assert_array_equal(export.decode_image(png(every_grey), SHAPE), every_grey)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_every_kind_of_file_that_ingest_takes_is_decoded(kind, mode, channels):
+    stored = io.BytesIO()
+    PIL.Image.new(mode, (16, 16), 200 if mode == "L" else (200, 200, 200)).save(stored, kind)
+    decoded = export.decode_image(stored.getvalue(), (16, 16, channels)).numpy()
+    assert decoded.shape == (16, 16, channels)
+    assert np.abs(decoded.astype(int) - 200).max() <= 2  # JPEG and GIF are not exact
+
+
+def test_a_model_trained_in_16_bits_is_exported_in_32(pixels):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        trained = small_resnet(SHAPE, 3, 4, mean=[100.0], variance=[900.0])
+    finally:
+        keras.config.set_dtype_policy("float32")
+    copy = export.in_float32(trained)
+    assert {layer.compute_dtype for layer in copy.layers} == {"float32"}
+    x = pixels[:8].astype("float32")
+    np.testing.assert_allclose(
+        copy.predict(x, verbose=0), trained.predict(x, verbose=0), atol=0.05
+    )  # float16's 11 bits
+    assert lite.parity(lite.convert(copy, "float"), copy, x)["agreement"] == 1
 
 
 # --- LiteRT ----------------------------------------------------------------------------------------------------------
@@ -123,12 +153,15 @@ def test_every_kind_answers_like_its_source(converted, named, pixels, kind, tole
     assert found["agreement"] >= (1.0 if kind == "float" else 0.85)
 
 
-def test_quantised_files_are_smaller_and_full_int8_takes_bytes(converted):
+def test_quantised_files_are_smaller_and_full_int8_takes_bytes(converted, named):
     assert len(converted["int8"]) < len(converted["float"])
     assert len(converted["float16"]) < len(converted["float"])
     entry = lite.interpreter(converted["int8"]).get_input_details()[0]
     assert entry["dtype"] == np.uint8
     assert entry["quantization"] == (1.0, 0)  # a pixel is its own quantised value
+    narrow = np.random.default_rng(1).integers(30, 180, (40, *SHAPE), dtype=np.uint8)  # dull pictures: no 0, no 255
+    dull = lite.convert(named, "int8", narrow)
+    assert lite.interpreter(dull).get_input_details()[0]["quantization"] == (1.0, 0)
     signature = lite.interpreter(converted["int8"]).get_signature_list()["serving_default"]
     assert signature == {"inputs": ["pixels"], "outputs": ["probabilities"]}
 

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import math
+import shlex
 import shutil
 import sys
 import time
@@ -209,15 +210,19 @@ class Run:
 
 
 @contextlib.contextmanager
-def run(unit, options, cfg):
+def run(unit, options, cfg, *, scope=True, inputs=None):
     """Seed, devices and folder for one run of `unit`; on a clean exit its `result.json` is written.
+
+    The block runs in the strategy's scope, unless `scope` is false: then the unit enters `run.strategy.scope()` where
+    it builds and trains (exporting a model works outside of it only).  `inputs`, JSON, tells the state of what the run
+    reads from outside; where it has changed, an interrupted run is not continued.
 
     An interrupted run leaves its checkpoints in the folder, and the same command goes on from them; they are removed
     when the run has ended well.  Two runs cannot share a folder: the second gets an `InputError`.
     """
     folder = files.make_folder(Path(options.runs) / unit / f"{options.preset}-s{cfg.seed}")
     with _locked(folder):
-        before = _continue_or_clear(folder, to_json(_what(cfg)), options.fresh)
+        before = _continue_or_clear(folder, to_json(_what(cfg) | {"inputs": inputs}), options.fresh)
         strategy = runtime.strategy(options.strategy)  # first: it fixes the devices
         precision = runtime.precision(options.precision)
         runtime.seed(cfg.seed)
@@ -232,7 +237,7 @@ def run(unit, options, cfg):
             "precision": precision,
         }
         run = Run(folder, record, strategy, before)
-        with strategy.scope():
+        with strategy.scope() if scope else contextlib.nullcontext():
             try:
                 yield run
             except KeyboardInterrupt:
@@ -264,7 +269,8 @@ def command(unit, options, cfg):
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                words.append(f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple | list) else value}")
+                values = value if isinstance(value, tuple | list) else [value]
+                words.append(f"--{flag} {' '.join(shlex.quote(str(item)) for item in values)}")
     return " ".join(words)
 
 
@@ -285,7 +291,7 @@ def _continue_or_clear(folder, config, fresh):
     files.sweep(folder)
     if fresh or not saved.exists() or saved.read_text() != config:
         if saved.exists() and not fresh and elapsed.exists():
-            print(f"the setting has changed since the interrupted run in {folder}: starting over")
+            print(f"the setting or the data has changed since the interrupted run in {folder}: starting over")
         _clear(folder)
         files.write_atomic(saved, config)
     if not elapsed.exists():
@@ -295,6 +301,7 @@ def _continue_or_clear(folder, config, fresh):
 
 
 def _clear(folder):
+    (folder / "config.json").unlink(missing_ok=True)  # first: without it a half-cleared folder is cleared again
     for name in ("checkpoints", "stages"):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "elapsed.json").unlink(missing_ok=True)

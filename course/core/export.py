@@ -47,6 +47,18 @@ def export(model, folder, signatures, *, sample, labels=(), extra=None):
             (assets / file).write_text(text)
 
 
+def in_float32(model):
+    """A copy of a Keras model that computes in float32 on one device, however it was trained: what is exported must run
+    anywhere, and LiteRT has no 16-bit arithmetic."""
+
+    def copy(layer):
+        return type(layer).from_config(layer.get_config() | {"dtype": "float32"})
+
+    clone = keras.models.clone_model(model, clone_function=copy)
+    clone.set_weights([np.asarray(weight) for weight in model.get_weights()])
+    return clone
+
+
 def request(inputs, signature="serving_default"):
     """The body of a REST predict request, in row format, for a dict of NumPy inputs; bytes travel as {"b64": ...}."""
     return {
@@ -131,8 +143,10 @@ def decode_image(content, shape):
     Training and serving both use this very function, so that a picture cannot look different to the two.
     """
     height, width, channels = shape
-    image = tf.io.decode_image(content, channels=channels, expand_animations=False)
-    image.set_shape([None, None, channels])
+    image = tf.io.decode_image(content, channels=3, expand_animations=False)  # BMP and GIF know no other number
+    image.set_shape([None, None, 3])
+    if channels == 1:
+        image = tf.image.rgb_to_grayscale(image)  # of a grey picture every level comes back exactly
 
     def fit():
         fitted = tf.image.resize_with_pad(image, height, width, antialias=True)

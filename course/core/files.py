@@ -29,7 +29,7 @@ def make_folder(path):
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f"{TEMPORARY}{uuid.uuid4().hex}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a sweep may have come first
     except OSError as error:
         raise InputError(
             f"cannot write in the folder {path} ({error.strerror}): choose another or mend its permissions"
@@ -44,17 +44,24 @@ def atomic_path(target):
     make_folder(target.parent)
     temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{target.name}")  # keeps the suffix
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        with _room_on_disk(target.parent):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         temporary.replace(target)
         _sync_folder(target.parent)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise InputError(f"the disk of {target.parent} is full: free some space; nothing was changed") from error
-        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _room_on_disk(folder):
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise InputError(f"the disk of {folder} is full: free some space; nothing was changed") from error
+        raise
 
 
 def write_atomic(target, content):
@@ -75,7 +82,8 @@ def atomic_folder(target, last=None):
     temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}-{target.name}"
     temporary.mkdir()
     try:
-        yield temporary
+        with _room_on_disk(target.parent):
+            yield temporary
         files = sorted((path for path in temporary.rglob("*") if path.is_file()), key=lambda path: path.name == last)
         for path in files:
             with path.open("rb") as file:
@@ -93,7 +101,7 @@ def atomic_folder(target, last=None):
 def sweep(folder):
     """Remove what a killed process left unfinished in `folder` (not below it)."""
     for path in Path(folder).glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sha256(path):

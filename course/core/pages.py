@@ -21,6 +21,6 @@ def image_classifier(predict, title, examples=()):
     outputs = [gr.Label(num_top_classes=5, label="class"), gr.Markdown()]
     tries = [str(path) for path in examples] or None
     return gr.Interface(
-        show, picture, outputs, title=title, examples=tries, cache_examples=False, run_examples_on_click=True,
+        show, picture, outputs, title=title, examples=tries, cache_examples=False,
         flagging_mode="never",
     )  # fmt: skip

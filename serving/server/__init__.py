@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +59,7 @@ class ChildServer:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise StatusError("UNAVAILABLE", f"the server process ended with status {self.process.returncode}")
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):  # 404 until the version is found
+            with contextlib.suppress(OSError):  # 404 until the version is found, or an answer that is late
                 with urllib.request.urlopen(self.url + what, timeout=5) as response:
                     states = json.load(response)["model_version_status"]
                 if any(entry["state"] == "AVAILABLE" for entry in states):
