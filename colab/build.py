@@ -29,6 +29,8 @@ if checkout is None:
     subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(checkout)], check=True)
     requirements = str(checkout / "requirements.txt")
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
+    if "numpy" in sys.modules:  # the session has begun with another version
+        raise SystemExit("The packages are installed: choose Runtime > Restart session, then run this cell again.")
 os.chdir(checkout)
 sys.path.insert(0, str(checkout))
 import course  # sets the process's flags, before TensorFlow is imported"""

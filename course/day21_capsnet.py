@@ -81,10 +81,10 @@ def lengths(capsules):
 # ## Votes and routing
 # Primary capsule $i$ predicts what digit capsule $j$ would look like, if the part it saw belonged to a $j$: its vote
 # $\hat u_{j|i} = W_{ij} u_i$.  A digit is present where many votes agree.  Routing finds such clusters: every primary
-# capsule spreads itself over the ten digits by a softmax, each digit takes the weighted mean of its votes, and votes
-# that point the same way as that mean get more weight in the next round.
+# capsule spreads itself over the ten digits by a softmax, each digit takes the weighted sum of its votes, and votes
+# that point the same way as that sum get more weight in the next round.
 #
-# The rounds are an inner search, not layers to be trained: gradients flow through the last weighted mean alone.
+# The rounds are an inner search, not layers to be trained: gradients flow through the last weighted sum alone.
 
 
 # %%
@@ -97,8 +97,8 @@ def route(votes, rounds):
     logits = ops.zeros_like(fixed[..., 0])
     couplings = []
     for left in reversed(range(rounds)):
-        # exercise: note the coupling (softmax over J) and take the squashed mean [B,J,1,D], of `fixed` but in the last
-        # round; while rounds are left, add to each logit the agreement of its vote with that mean
+        # exercise: note the coupling (softmax over J) and take the squashed sum [B,J,1,D], of `fixed` but in the last
+        # round; while rounds are left, add to each logit the agreement of its vote with that sum
         couplings.append(ops.softmax(logits, axis=1))
         capsules = squash(ops.matmul(couplings[-1][:, :, None], fixed if left else votes))
         if left:
@@ -130,7 +130,7 @@ class DigitCapsules(layers.Layer):
         return route(self.votes(primary), self.rounds)[0]
 
     def macs(self):
-        """Multiplications an image: the votes, then a mean in each round and an agreement in all but the last."""
+        """Multiplications an image: the votes, then a sum in each round and an agreement in all but the last."""
         return int(np.prod(self.w.shape)) + (2 * self.rounds - 1) * self.w.shape[0] * self.w.shape[2]
 
     def get_config(self):
