@@ -35,7 +35,7 @@ def published(tmp_path, unit):
 def test_header_fields_keep_their_lines():
     header = catalogue.parse_header(HEADER)
     assert header["title"] == "Day 90 - Small Lesson"
-    assert header["claim"] == "three lines show the shape of three hundred."
+    assert header["claim"] == "Three lines show the shape of three hundred."
     assert header["shapes"] == "image [B,28,28,1] -> hidden [B,20]\n-> logits [B,10]"
     assert header["departs"] == "1. Adam, the paper gives no schedule\n2. no decoder"
     assert list(header) == ["title", "claim", *(field.lower() for field in catalogue.FIELDS)]

@@ -46,7 +46,7 @@ def test_title_says_what_the_header_says(unit):
     for part in (
         "# Day 90 - Small Lesson\n",
         catalogue.colab_badge("day90_small_lesson"),
-        "**three lines show the shape of three hundred.**",
+        "**Three lines show the shape of three hundred.**",
         "[arXiv:1710.09829](https://arxiv.org/abs/1710.09829)",
         "- **Task.** classify digits",
         "```text\nimage [B,28,28,1] -> hidden [B,20]\n-> logits [B,10]\n```",

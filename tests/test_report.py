@@ -208,7 +208,7 @@ def test_readme_block_is_written_and_stays(tmp_path, unit, publish):
     cells = [cell.strip() for cell in row.strip("|").split(" | ")]
     assert cells[:6] == [
         f"[`{NAME}`](course/{NAME}.py)",
-        "three lines show the shape of three hundred.",
+        "Three lines show the shape of three hundred.",
         "mnist, 60,000 to train on",
         "test_error **1.50 ± 0.71 %**<br>parameters **7,850**<br>check **1e-09**<br>(cpu, 2 seeds)",
         "test_error 0.25 % (Doe and Roe 2017, Table 1, MNIST)",
@@ -228,7 +228,7 @@ def test_readme_without_a_record_or_with_other_data(tmp_path, unit, publish):
 
 
 def test_readme_cells_cannot_break_the_table(tmp_path, unit):
-    unit.path.write_text(unit.source.replace("three lines show", "p(a|b) <i> shows"))
+    unit.path.write_text(unit.source.replace("three lines show", "P(a|b) <i> shows"))
     assert r" | p(a\|b) &lt;i> shows the shape" in report.readme_text(README, unit.path.parent, tmp_path)
 
 

@@ -93,7 +93,7 @@ def parse_header(text, where="the docstring"):
     match = re.fullmatch(r"(\S.* - \S.*?): (\S.*)", first.strip())
     if not match:
         raise InputError(f"{where}: the first line must read 'Day NN - Title: the claim in one line.', not {first!r}")
-    header = {"title": match[1], "claim": match[2]}
+    header = {"title": match[1], "claim": match[2][0].upper() + match[2][1:]}
     block = re.split(r"\n[ \t]*\n", rest.strip("\n"), maxsplit=1)[0]
     key = None
     for line in block.splitlines():
