@@ -229,7 +229,7 @@ def test_readme_without_a_record_or_with_other_data(tmp_path, unit, publish):
 
 def test_readme_cells_cannot_break_the_table(tmp_path, unit):
     unit.path.write_text(unit.source.replace("three lines show", "P(a|b) <i> shows"))
-    assert r" | p(a\|b) &lt;i> shows the shape" in report.readme_text(README, unit.path.parent, tmp_path)
+    assert r" | P(a\|b) &lt;i> shows the shape" in report.readme_text(README, unit.path.parent, tmp_path)
 
 
 def test_readme_without_the_block_is_refused(unit, tmp_path):
