@@ -51,6 +51,11 @@ def models(options):
     exports = Path(options.exports)
     units = [catalogue.find(unit.removeprefix("course."), catalogue.units()).name for unit in options.units]
     units = units or sorted(path.name for path in exports.glob("*") if (UNITS / f"{path.name}.py").exists())
+    others = sorted(
+        path.name for path in exports.glob("*") if pipeline.versions(path) and not path.name.endswith("_lite")
+    )
+    if not units and others:
+        raise core.InputError(f"name the unit whose page is to show {' or '.join(others)}: UNIT --model {others[0]}")
     if not units:
         raise core.InputError(f"nothing has been pushed to {exports} yet: run make run, or a unit that pushes")
     if options.model and len(units) > 1:

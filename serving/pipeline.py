@@ -760,14 +760,14 @@ def wait_available(running, bases):
 def roll_back(base):
     """Withdraw the newest version, so that servers return to the one before; returns (withdrawn, now serving).
 
-    The folder is kept under the name `withdrawn-<version>`, which no server takes for a version.
+    The folder is kept under a name `withdrawn-<version>-...`, which no server takes for a version.
     """
     base = Path(base)
     if len(versions(base)) < 2:
         raise InputError(f"{base} holds {len(versions(base))} version(s): there is none to roll back to")
     with _pushing(base):
         have = versions(base)
-        (base / str(have[-1])).rename(base / f"withdrawn-{have[-1]}")
+        (base / str(have[-1])).rename(base / f"withdrawn-{have[-1]}-{time.time_ns()}")
     return have[-1], have[-2]
 
 
