@@ -1,4 +1,4 @@
-"""Day 21 - Capsule Networks: routing by agreement against a CNN of the same size.
+"""Day 21 - Capsule Networks: capsules draw what they see, but a CNN of their size is as accurate and sturdier.
 
 Paper:     Sabour, Frosst, Hinton 2017, "Dynamic Routing Between Capsules", arXiv:1710.09829
 Task:      classify 28x28 digits; the length of digit capsule j is the evidence for class j
@@ -321,7 +321,11 @@ def overlaps(run, cfg, train_set, test_set):
 
 # %% [markdown]
 # ## What came out
-# @@
+# Preset cpu: of equal size and training, CapsNet and CNN err alike on MNIST, and on bent digits the CNN holds up better:
+# the paper's advantage under affine maps does not return.  One, two or three rounds of routing differ by less than a
+# standard error.  Coupling stays near uniform (above 0.99 of the largest entropy after three rounds), yet many small
+# shifts the same way make the true digit's capsule three times as long.  What the CNN has no part of is the drawing:
+# one dimension thickens or slants a digit, and two digits on top of each other are drawn apart.
 
 
 # %%
