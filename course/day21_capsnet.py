@@ -260,7 +260,8 @@ def single_digits(run, cfg, train_set, test_set, names):
     run.record["tables"] = {"cost": table, "routing": trace}
     costs = {f"{row['model']}_{key}": row[key] for row in table for key in ("params", "ms_alone", "seconds_an_epoch")}
     errors = {"test_error": 100 * np.mean(answers != labels), "cnn_test_error": measures.error(cnn, images, labels)}
-    return errors | costs | {"pixel_error": np.mean((drawn - images) ** 2), "decoder_params": decoder.count_params()}
+    drawing = {"pixel_error": float(np.mean((drawn - images) ** 2)), "decoder_params": decoder.count_params()}
+    return errors | costs | drawing
 
 
 def ablation(run, cfg, train_set, test_set):
@@ -321,7 +322,7 @@ def overlaps(run, cfg, train_set, test_set):
 
 # %% [markdown]
 # ## What came out
-# Preset cpu: of equal size and training, CapsNet and CNN err alike on MNIST, and on bent digits the CNN holds up better:
+# Preset cpu: with equal size and training both networks err alike on MNIST; on bent digits the CNN holds up better:
 # the paper's advantage under affine maps does not return.  One, two or three rounds of routing differ by less than a
 # standard error.  Coupling stays near uniform (above 0.99 of the largest entropy after three rounds), yet many small
 # shifts the same way make the true digit's capsule three times as long.  What the CNN has no part of is the drawing:

@@ -747,7 +747,7 @@ def test_the_list_does_not_wait_for_heavy_libraries():
 def test_an_unknown_name_is_one_line_that_names_the_near_ones():
     ended = command("fetch", "fashion_mnist_12k", "fashon_mnist")
     assert ended.returncode == 2
-    assert ended.stderr.startswith("error: no data set is called 'fashon_mnist'; did you mean fashion_mnist")
+    assert ended.stderr.startswith("error: no data set is called 'fashon_mnist': did you mean fashion_mnist")
     assert ended.stderr.count("\n") == 1
     assert ended.stdout == ""  # found out before anything was fetched
     assert command("fetch").returncode == 2

@@ -374,7 +374,7 @@ def test_replay_command_exits_with_1_where_a_metric_differs(replayable, monkeypa
     monkeypatch.setattr(report, "replay", lambda *words: {0: [(*rows[0][:-1], "agrees")]})
     report.main(["replay", NAME])
     assert "every judged metric falls within" in capsys.readouterr().out
-    assert report._elsewhere(sent[0][-1], "thrown_away") == ["--port", "0"]  # never the user's own
+    assert report.elsewhere(sent[0][-1], "thrown_away") == ["--port", "0"]  # never the user's own
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

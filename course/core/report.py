@@ -241,7 +241,7 @@ def replay(unit, preset="cpu", seeds=(0,), results=catalogue.RESULTS, where=()):
     record, rows = records[preset], {}
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            command = seed_command(record["command"], seed) + ["--runs", folder] + _elsewhere(where, folder)
+            command = seed_command(record["command"], seed) + ["--runs", folder] + elsewhere(where, folder)
             done = subprocess.run([sys.executable, *command[1:]], cwd=catalogue.ROOT)
             if done.returncode:
                 raise InputError(f"{shlex.join(command)} ended with status {done.returncode}")
@@ -250,7 +250,8 @@ def replay(unit, preset="cpu", seeds=(0,), results=catalogue.RESULTS, where=()):
     return rows
 
 
-def _elsewhere(where, folder):
+def elsewhere(where, folder):
+    """Flags for those fields of a Config: a place in `folder` for each that is text, 0 (any free port) for a number."""
     places = {field.name: "0" if isinstance(field.default, int) else f"{folder}/{field.name}" for field in where}
     return [word for name, place in places.items() for word in (f"--{name.replace('_', '-')}", place)]
 
