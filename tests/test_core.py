@@ -74,6 +74,7 @@ def test_the_recorded_command_parses_to_the_same_setting():
         (["--epochs", "0"], "--epochs 0 cannot be used: give a number of at least 1"),
         (["--rate", "-1"], "--rate -1.0 cannot be used"),
         (["--rate", "nan"], "--rate nan cannot be used"),
+        (["--widths"], "--widths needs at least one value"),
     ],
 )
 def test_bad_flags_are_one_line(words, said):

@@ -81,6 +81,8 @@ def _check_numbers(base, cfg):
     """Refuse what no unit can use: NaN, and below the sensible: a count of zero, or a negative size or rate."""
     for field in _whats(cfg):
         default, value = getattr(base, field.name), getattr(cfg, field.name)
+        if isinstance(value, tuple) and default and not value:
+            raise InputError(f"--{field.name.replace('_', '-')} needs at least one value")
         if isinstance(value, bool) or not isinstance(value, int | float) or not isinstance(default, int | float):
             continue
         least = -math.inf if default < 0 else 1 if isinstance(default, int) and default > 0 else 0

@@ -3,6 +3,7 @@
 import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 matplotlib.rcParams.update(
     {
@@ -44,6 +45,8 @@ def curves(series, *, title="", xlabel="epoch", ylabel="", x=None, yscale="linea
         if len(values) > 1:
             axes.fill_between(at, mean - spread, mean + spread, alpha=0.2, color=line.get_color(), linewidth=0)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale=yscale, xscale=xscale)
+    if x is None:  # epochs, rounds, steps: counted
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return figure
 
@@ -55,6 +58,7 @@ def panels(groups, *, title="", xlabel="epoch", size=(3.6, 2.9), **options):
         for label, values in series.items():
             axis.plot(np.arange(1, len(values) + 1), values, label=label)
         axis.set(title=name, xlabel=xlabel, **options)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend()
     figure.suptitle(title)
     return figure
