@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import json
 import shlex
-import socket
 import sys
 import tempfile
 import time
@@ -124,13 +123,7 @@ def pages(chosen, url, samples):
 
 def launch(chosen, url, samples, host="127.0.0.1", port=7860):
     """Show the pages until Ctrl-C; `InputError` for a taken port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a demo that has just ended is free
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise core.InputError(f"port {port} of {host} is taken: give another --port, or 0 for any") from error
-        port = probe.getsockname()[1]
+    port = pipeline.free_port(port, "--port", host)
     page = pages(chosen, url, samples)
     page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True)
     print(f"demo:     http://{host}:{port}\nendpoint: {url}/models\nCtrl-C ends it", flush=True)

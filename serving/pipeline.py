@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import json
 import math
-import re
 import shutil
 import socket
 import tempfile
@@ -29,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from course.core import files
+from course.core.data.images import slug
 from course.core.errors import InputError, cli
 from course.core.experiment import to_json
 from serving.server.status import StatusError
@@ -132,7 +132,7 @@ def model_name(prefix, folder):
     Six digits of a hash follow where the folder's name leaves nothing, or could pass for another model's.
     """
     own = Path(folder).resolve().name
-    plain = "_".join(re.findall(r"[a-z0-9]+", own.lower()))
+    plain = slug(own)
     if not plain or plain == "vision_pipeline" or plain.endswith("_lite") or not own.isascii():
         plain = "_".join(filter(None, [plain, hashlib.sha256(own.encode(errors="replace")).hexdigest()[:6]]))
     return f"{prefix}_{plain}"
@@ -647,7 +647,7 @@ def infra_validate(candidates, *, tolerance=1e-3):
     """
     from serving import client, server
 
-    start, reasons = time.perf_counter(), []
+    reasons = []
     names = list(candidates)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "models.config"
@@ -662,7 +662,7 @@ def infra_validate(candidates, *, tolerance=1e-3):
             reasons.append(" ".join(str(error).split())[:300])
     verdict = INFRA_NOT_BLESSED if reasons else INFRA_BLESSED
     says = f"{verdict}: " + ("; ".join(reasons) or f"{', '.join(names)} loaded and queried")
-    return {"verdict": verdict, "reasons": reasons, "says": says, "seconds": time.perf_counter() - start}
+    return {"verdict": verdict, "reasons": reasons, "says": says}
 
 
 def _plays_sample(connection, version, tolerance):
@@ -731,7 +731,7 @@ def endpoint(bases, folder, *, rest_port, grpc_port):
     from serving import server
 
     for flag, port in (("--rest-port", rest_port), ("--grpc-port", grpc_port)):
-        _require_free(port, flag)
+        free_port(port, flag)
     for base in bases.values():
         files.make_folder(base)
     config = folder / "models.config"
@@ -741,11 +741,13 @@ def endpoint(bases, folder, *, rest_port, grpc_port):
         yield running
 
 
-def _require_free(port, flag):
+def free_port(port, flag, host="127.0.0.1"):
+    """`port`, or any free one where it is 0; `InputError` naming `flag` where it is taken."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # that of a server which has just ended is free
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
+            return probe.getsockname()[1]
         except (OSError, OverflowError) as error:
             raise InputError(f"port {port} is taken or not to be had: give another {flag}, or 0 for any") from error
 

@@ -147,6 +147,7 @@ def outline(module, path):
     While it is being read it stands in `sys.modules`, where tyro looks for the comments that become help texts.
     """
     tree = ast.parse(path.read_text(), str(path))
+    docstring = ast.get_docstring(tree)
     wanted = {"Config", "PRESETS", "REFERENCE"}
     tree.body = [
         node
@@ -154,7 +155,7 @@ def outline(module, path):
         if (isinstance(node, ast.ClassDef) and node.name in wanted)
         or (isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) in wanted)
     ]
-    stub = types.ModuleType(f"{module}:outline", ast.get_docstring(ast.parse(path.read_text())))
+    stub = types.ModuleType(f"{module}:outline", docstring)
     stub.__file__ = str(path)
     stub.dataclasses = dataclasses
     sys.modules[stub.__name__] = stub
@@ -200,10 +201,13 @@ class Run:
         return answer
 
     def figure(self, name, figure):
-        """Save a matplotlib figure as `figures/<name>.png` and list it in the record."""
+        """Save a matplotlib figure as `figures/<name>.png`, list it in the record, and free it."""
+        from course.core import plots
+
         path = self.folder / "figures" / f"{name}.png"
         with files.atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=110, bbox_inches="tight")
+        plots.close(figure)
         if path.name not in self.record["figures"]:
             self.record["figures"].append(path.name)
 
