@@ -282,6 +282,55 @@ def test_no_source_left_is_one_error_that_says_what_was_tried(toy, monkeypatch, 
         data.load("mnist", source="web")
 
 
+def test_a_stand_in_is_said_in_capitals_and_recorded(toy, monkeypatch, capsys):
+    def refuse(name, entry):
+        raise fetch.Unavailable("no network")
+
+    monkeypatch.setitem(images._SOURCES, "tfds", refuse)
+    with pytest.raises(InputError, match=r"cifar10 could not be had \(tfds: no network\)"):
+        data.load("cifar10")
+    with pytest.raises(InputError, match="cifar10 could not be had"):
+        data.load("cifar10", stand_in="")
+    taken = data.load("cifar10", stand_in="mnist", limit=50)
+    assert (taken.provenance["name"], taken.provenance["stand_in_for"]) == ("mnist", "cifar10")
+    assert (len(taken.x_train), taken.labels) == (50, images.DIGITS)
+    assert "STAND-IN: MNIST IN PLACE OF CIFAR10: cifar10 could not be had" in capsys.readouterr().out
+    assert data.load("mnist", stand_in="fashion_mnist").provenance["stand_in_for"] is None  # not needed
+
+
+def test_a_damaged_copy_is_an_error_and_not_replaced_by_a_stand_in(toy, folder):
+    (folder / "cifar10/train/airplane").mkdir(parents=True)
+    (folder / "cifar10/train/airplane/0.jpg").write_bytes(b"no picture")
+    (folder / "cifar10/test/airplane").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"airplane/0\.jpg is not an image"):
+        data.load("cifar10", stand_in="mnist")
+
+
+def test_a_copy_in_jpeg_files_says_so(monkeypatch, folder):
+    monkeypatch.setitem(images.SETS, "two", images.Entry(what="two classes", licence="none", labels=("a", "b")))
+    for part in images.PARTS:
+        for label in "ab":
+            (folder / "two" / part / label).mkdir(parents=True)
+            cv2.imwrite(str(folder / "two" / part / label / "0.png"), np.full((4, 4, 3), 7, np.uint8))
+    assert data.load("two").provenance["note"] == ""
+    cv2.imwrite(str(folder / "two/train/a/1.jpg"), np.full((4, 4, 3), 7, np.uint8))
+    assert data.load("two").provenance["note"] == "re-encoded as JPEG"
+    note = data.load("two", limit=2).provenance["note"]
+    assert note == "re-encoded as JPEG; 2 of 3 training images, stratified, seed 0"
+
+
+def test_three_way_takes_the_parts_in_order_and_refuses_too_many(toy):
+    whole = data.load("mnist")
+    parts = data.three_way(whole, 150, 30, 40)
+    np.testing.assert_array_equal(np.concatenate([parts.x_train, parts.x_val]), whole.x_train[:180])
+    np.testing.assert_array_equal(np.concatenate([parts.y_train, parts.y_val]), whole.y_train[:180])
+    np.testing.assert_array_equal(parts.x_test, whole.x_test[:40])
+    np.testing.assert_array_equal(parts.y_test, whole.y_test[:40])
+    for counts in ((190, 20, 10), (150, 30, 51)):
+        with pytest.raises(InputError, match="ask for fewer"):
+            data.three_way(whole, *counts)
+
+
 @pytest.mark.parametrize(("registry", "program"), [("npm", "npm"), ("Debian", "apt-get")])
 def test_a_client_that_is_missing_is_named(tmp_path, monkeypatch, registry, program):
     monkeypatch.setenv("PATH", str(tmp_path))

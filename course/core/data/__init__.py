@@ -11,16 +11,19 @@ from course.core.data.images import (
     SETS,
     Entry,
     ImageSet,
+    Splits,
     extract_images,
     load,
     split,
     stratified_order,
+    three_way,
 )
 
 __all__ = [
     "SETS",
     "Entry",
     "ImageSet",
+    "Splits",
     "batches",
     "extract_images",
     "fetch",
@@ -28,5 +31,6 @@ __all__ = [
     "read_idx",
     "split",
     "stratified_order",
+    "three_way",
     "unpickle",
 ]

