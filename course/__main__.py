@@ -1,4 +1,7 @@
-"""`python -m course`: the units, what each shows and what was recorded; `python -m course day21`: all about one."""
+"""`python -m course`: the units, what each shows and what was recorded; `python -m course day21`: all about one.
+
+`python -m course a1_knn --blank > my_knn.py` writes a unit with its exercises to do.
+"""
 
 import dataclasses
 import sys
@@ -10,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from course.core import catalogue, cli, flags
+from course.core import InputError, catalogue, cli, flags
 
 PIPED = 120  # columns, where no terminal says how wide it is
 STYLE = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD}
@@ -21,6 +24,7 @@ class Catalogue:
     """What to show."""
 
     unit: Annotated[str, tyro.conf.Positional] = ""  # a unit's name or the beginning of it; none: the whole course
+    blank: bool = False  # print the unit's source with its exercises to do
 
 
 def main(argv):
@@ -28,10 +32,22 @@ def main(argv):
     sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± shows a question mark
     console = Console(width=None if sys.stdout.isatty() else PIPED, highlight=False)
     known = catalogue.units()
-    if options.unit:
+    if options.blank:
+        print_blank(options.unit, known)
+    elif options.unit:
         show_unit(console, catalogue.find(options.unit, known))
     else:
         show_course(console, known)
+
+
+def print_blank(name, known):
+    """The source of the unit `name` without its exercises' answers; `InputError` where it has none."""
+    if not name:
+        raise InputError("--blank needs a unit: python -m course a1_knn --blank > my_knn.py")
+    unit = catalogue.find(name, known)
+    if "exercises" not in unit.offers:
+        raise InputError(f"{unit.name} marks no exercises: `python -m course` shows which units do")
+    print(catalogue.blank(unit.source), end="")
 
 
 def show_course(console, known, results=catalogue.RESULTS):

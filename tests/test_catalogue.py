@@ -324,3 +324,32 @@ def test_unit_page_leaves_out_the_reference_of_other_data(unit, published):
     screen = io.StringIO()
     command.show_unit(Console(width=100, file=screen), unit, published)
     assert "Table 1" not in screen.getvalue()
+
+
+def test_a_blank_unit_has_its_exercises_to_do():
+    text = catalogue.blank(support.SOURCE)
+    assert "return x / 2" not in text and "return x / 2" in support.SOURCE
+    assert len(text.splitlines()) == len(support.SOURCE.splitlines())  # one line of answer, one of error
+    space = {"__name__": "blank"}
+    exec(compile(text.replace("from course import core", ""), "blank", "exec"), space)
+    with pytest.raises(NotImplementedError, match="exercise: halve x"):
+        space["half"](2)
+
+
+@pytest.mark.parametrize("unit", [u for u in catalogue.units() if "exercises" in u.offers], ids=lambda unit: unit.name)
+def test_every_blank_unit_is_a_program(unit):
+    text = catalogue.blank(unit.source)
+    compile(text, unit.name, "exec")
+    assert text.count("raise NotImplementedError(") == unit.source.count("# exercise: ")
+    assert len(text) < len(unit.source)
+
+
+def test_blank_on_the_command_line():
+    done, _ = support.python("-m", "course", "day01", "--blank")
+    assert (done.returncode, done.stderr) == (0, "")
+    day01 = catalogue.find("day01", catalogue.units())
+    assert done.stdout == catalogue.blank(day01.source)
+    for words, said in ((["--blank"], "--blank needs a unit"), (["day25", "--blank"], "marks no exercises")):
+        done, _ = support.python("-m", "course", *words)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith("error: ") and said in done.stderr and len(done.stderr.splitlines()) == 1

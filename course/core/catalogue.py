@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import re
+import textwrap
 import tokenize
 from pathlib import Path
 
@@ -139,6 +140,17 @@ def units(folder=COURSE):
     found = [read_unit(path) for path in Path(folder).glob("*.py") if not path.name.startswith("_")]
     order = list(GROUPS)
     return sorted(found, key=lambda unit: (order.index(unit.group), unit.name))
+
+
+def blank(source):
+    """A unit's source with its exercises to do: each region's lines make room for an error that says what to write."""
+
+    def empty(region):
+        task = textwrap.shorten(region["task"], 70, placeholder=" ...").replace("\\", "\\\\").replace('"', "'")
+        return f'{region["mark"]}{region["indent"]}raise NotImplementedError("exercise: {task}")\n{region["end"]}'
+
+    region = r"(?P<mark>^(?P<indent> *)# exercise: (?P<task>.+)\n)(?:.*\n)*?(?P<end> *# end exercise$)"
+    return re.sub(region, empty, source, flags=re.MULTILINE)
 
 
 def find(name, known):

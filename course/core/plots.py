@@ -30,37 +30,58 @@ def close(figure):
     plt.close(figure)
 
 
-def curves(series, *, title="", xlabel="epoch", ylabel="", x=None, yscale="linear", xscale="linear", size=(5.4, 3.4)):
-    """Lines over a common axis.
-
-    `series`: name -> values [T], or [S, T] for S seeds, drawn as the mean with a band of one standard deviation.
-    `x`: the axis [T] (default 1..T).
-    """
-    figure, axes = plt.subplots(figsize=size)
+def _lines(axes, series, x):
+    """Draw on `axes` the `series`, over `x`, as `curves` takes them."""
     for name, values in series.items():
         values = np.atleast_2d(np.asarray(values, dtype=float))
-        at = np.arange(1, values.shape[1] + 1) if x is None else np.asarray(x)
+        own = x.get(name) if isinstance(x, dict) else x
+        at = np.arange(1, values.shape[1] + 1) if own is None else np.asarray(own)
         mean, spread = values.mean(axis=0), values.std(axis=0)
         (line,) = axes.plot(at, mean, label=name, marker="o" if len(at) < 3 else None)
         if len(values) > 1:
             axes.fill_between(at, mean - spread, mean + spread, alpha=0.2, color=line.get_color(), linewidth=0)
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale=yscale, xscale=xscale)
-    if x is None:  # epochs, rounds, steps: counted
+    if x is None:  # epochs, rounds, steps
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def curves(series, *, title="", xlabel="epoch", ylabel="", x=None, yscale="linear", xscale="linear", size=(5.4, 3.4)):
+    """Lines over a common axis.
+
+    `series`: name -> values [T], or [S, T] for S seeds, drawn as the mean with a band of one standard deviation.
+    `x`: the axis [T] (default 1..T), or name -> axis where the lines do not share one.
+    """
+    figure, axes = plt.subplots(figsize=size)
+    _lines(axes, series, x)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale=yscale, xscale=xscale)
     axes.legend()
     return figure
 
 
-def panels(groups, *, title="", xlabel="epoch", size=(3.6, 2.9), **options):
-    """Several `curves` side by side; `groups`: panel title -> series, as `curves` takes them."""
+def panels(groups, *, title="", xlabel="epoch", size=(3.6, 2.9), x=None, legend="each", **options):
+    """Several `curves` side by side; `groups`: panel title -> series, and `x`, as `curves` takes them.
+
+    `legend`: "each" panel has its own, or "side": one for all, to the right; `options` (yscale, ylim, ...) go to every
+    panel's axes.
+    """
     figure, axes = plt.subplots(1, len(groups), figsize=(size[0] * len(groups), size[1]), squeeze=False)
     for axis, (name, series) in zip(axes[0], groups.items(), strict=True):
-        for label, values in series.items():
-            axis.plot(np.arange(1, len(values) + 1), values, label=label)
+        _lines(axis, series, x)
         axis.set(title=name, xlabel=xlabel, **options)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend()
+        if legend == "each":
+            axis.legend()
+    if legend == "side":
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     figure.suptitle(title)
+    return figure
+
+
+def histograms(counts, edges, *, title="", xlabel="", ylabel="count", yscale="log", size=(5.4, 3.4)):
+    """Histograms over common bins, as outlines; `counts`: name -> [K], `edges` [K + 1], both as np.histogram's."""
+    figure, axes = plt.subplots(figsize=size)
+    for i, (name, values) in enumerate(counts.items()):
+        axes.stairs(values, edges, label=name, color=f"C{i}", linewidth=1.4)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale=yscale)
+    axes.legend()
     return figure
 
 
