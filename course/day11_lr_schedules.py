@@ -1,4 +1,4 @@
-"""Day 11 - Learning-Rate Schedules: whoever ends near zero wins; how the rate gets there matters less.
+"""Day 11 - Learning-Rate Schedules: a rate that warms up, peaks high and ends near zero beats a constant one.
 
 Paper:     Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186; Loshchilov and Hutter
            2017, "SGDR", arXiv:1608.03983; Smith and Topin 2018, "Super-Convergence" (one-cycle), arXiv:1708.07120
@@ -283,7 +283,8 @@ def range_test(model, parts, cfg, lowest=1e-4, highest=10.0):
 # ## The comparison
 # Each schedule may choose between two peaks, the range test's bound and a third of it, on a seed that is not used
 # again. Then it trains from the same starts, on the same batches, as all the others. Two questions: how good in the end
-# (test images), and after how many epochs as good as the constant rate ever gets (validation images)?
+# (test images), and after how many epochs as good as the constant rate ever gets (validation images)? Watch which of
+# them can use the higher peak: begun with it, the network dies at once; reached from below, it serves best.
 
 
 # %%
