@@ -71,6 +71,39 @@ def test_binary_cross_entropy_of_huge_scores():
     np.testing.assert_array_equal(slope, [0.25, 0, -0.125, 0.125])
 
 
+def test_svm_by_hand():
+    scores, labels = np.array([[3.0, 2.5, 1.0], [0.0, 2.0, -1.0], [5.0, 1.0, 1.0]]), np.array([0, 2, 0])
+    loss, slope = losses.svm(scores, labels)
+    # 0.5 short of the margin of 1 | 2 and 4 short | far enough from all
+    assert loss == pytest.approx((0.5 + 2 + 4) / 3, rel=1e-15)
+    np.testing.assert_allclose(slope, np.array([[-1, 1, 0], [1, 1, -2], [0, 0, 0]]) / 3, rtol=1e-15)
+    assert losses.svm(scores, labels, margin=2.0)[0] == pytest.approx((1.5 + 3 + 5) / 3, rel=1e-15)
+
+
+def test_svm_at_its_kink_takes_the_slope_of_the_lower_side():
+    loss, slope = losses.svm(np.array([[2.0, 1.0]]), np.array([0]))  # exactly the margin apart
+    assert loss == 0
+    np.testing.assert_array_equal(slope, [[0, 0]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_svm_keeps_the_dtype_and_starts_at_the_number_of_wrong_classes(dtype):
+    loss, slope = losses.svm(np.zeros((4, 10), dtype), np.arange(4))
+    assert loss == 9 and slope.dtype == dtype and not slope.sum(axis=1).any()
+
+
+def test_svm_against_finite_differences(rng):
+    scores, labels = 2 * rng.standard_normal((20, 7)), rng.integers(0, 7, 20)
+    rows = np.arange(20)
+
+    def pieces():
+        return scores - scores[rows, labels][:, None] + 1 > 0
+
+    gradients = {"scores": losses.svm(scores, labels)[1]}
+    (found,) = gradcheck.check(lambda: losses.svm(scores, labels)[0], {"scores": scores}, gradients, pieces=pieces)
+    assert found.relative < 1e-7 and found.skipped < 5
+
+
 def test_binary_cross_entropy_refuses_shapes_that_would_broadcast():
     with pytest.raises(ValueError, match=r"\(4, 1\).*\(4,\)"):
         losses.bce_with_logits(np.zeros((4, 1)), np.zeros(4))
@@ -213,6 +246,123 @@ def test_create_refuses_what_cannot_be_built(rng, sizes, activation):
         net.create(rng, sizes, activation)
 
 
+OPTIONS = [(normalization, keep) for normalization in (None, "batch", "layer") for keep in (1.0, 0.6)]
+
+
+@pytest.mark.parametrize("reg", [0, 3.14])
+@pytest.mark.parametrize(("normalization", "keep"), OPTIONS)
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_gradients_of_the_regularised_loss_with_every_option(rng, activation, normalization, keep, reg):
+    sizes = (7, 9, 8, 4)
+    network = net.create(
+        rng, sizes, activation, normalization=normalization, keep=keep, weight_scale=0.3, dtype=np.float64
+    )
+    x, y = rng.standard_normal((12, 7)), rng.integers(0, 4, 12)
+    for name in network.params:
+        if not name.startswith("W"):  # biases and the normalization's start at values that hide mistakes
+            network.params[name] += 0.3 * rng.standard_normal(network.params[name].shape)
+
+    def masks():
+        return np.random.default_rng(5)
+
+    def loss():
+        return net.loss(network, x, y, reg, rng=masks())
+
+    def sides():
+        _, caches = net.forward(network, x, train=True, rng=masks())
+        return np.concatenate([(affine[0] > 0).ravel() for affine, _ in caches[1:]])
+
+    found = gradcheck.check(
+        lambda: loss()[0], network.params, loss()[1], pieces=sides if activation == "relu" else None
+    )
+    assert [check.name for check in found] == list(network.params)
+    for check in found:
+        assert check.relative < 1e-6 and check.checked > 0.9 * check.size, check
+        assert check.norm < 1e-7 or (check.name in ("b1", "b2") and normalization == "batch"), check
+        # a bias before batch normalization moves the mean that is then taken off: its gradient is 0, but for rounding
+        assert check.norm < 1e-7 or check.absolute < 1e-9, check
+
+
+def test_the_loss_may_be_another(rng):
+    network, x, y = net.create(rng, (6, 5, 4), dtype=np.float64), rng.standard_normal((9, 6)), rng.integers(0, 4, 9)
+    value, gradients = net.loss(network, x, y, of=losses.svm)
+    assert value == losses.svm(net.scores(network, x), y)[0]
+    found = gradcheck.check(lambda: net.loss(network, x, y, of=losses.svm)[0], network.params, gradients)
+    assert max(check.relative for check in found) < 1e-6
+
+
+def test_regularisation_by_hand():
+    network = net.Net({"W1": np.array([[1.0, -2.0]]), "b1": np.array([5.0, 5.0])}, "identity")
+    x, y = np.array([[0.0]]), np.array([1])
+    value, gradients = net.loss(network, x, y, 0.5)
+    assert value == pytest.approx(np.log(2) + 0.5 * 0.5 * (1 + 4), rel=1e-15)
+    np.testing.assert_allclose(gradients["W1"], [[0.5, -1.0]], rtol=1e-15)  # x = 0: of the regularisation alone
+    np.testing.assert_allclose(gradients["b1"], [0.5, -0.5], rtol=1e-15)  # of the loss alone
+
+
+def test_weight_scale_replaces_the_initialiser(rng):
+    network = net.create(rng, (200, 300, 10), weight_scale=0.02, output_scale=0.5)
+    assert network.params["W1"].std() == pytest.approx(0.02, rel=0.02)
+    assert network.params["W2"].std() == pytest.approx(0.01, rel=0.05)
+    assert all(array.dtype == np.float32 for array in network.params.values())
+
+
+def test_training_drops_units_and_testing_does_not(rng):
+    network, x = net.create(rng, (6, 400, 3), keep=0.25), rng.standard_normal((20, 6)).astype(np.float32)
+    whole, (_, (shown, _)) = net.forward(network, x)
+    dropped, (_, (hidden, _)) = net.forward(network, x, train=True, rng=np.random.default_rng(1))
+    again, _ = net.forward(network, x, train=True, rng=np.random.default_rng(1))
+    np.testing.assert_array_equal(dropped, again)
+    np.testing.assert_array_equal(net.scores(network, x), whole)
+    on = shown[0] > 0
+    assert (hidden[0][on] > 0).mean() == pytest.approx(0.25, abs=0.03)
+    np.testing.assert_allclose(hidden[0][hidden[0] > 0], 4 * shown[0][hidden[0] > 0], rtol=1e-6)
+
+
+def test_running_statistics_follow_the_batch_in_training_alone(rng):
+    network = net.create(rng, (6, 5, 3), normalization="batch", dtype=np.float64)
+    x = rng.standard_normal((50, 6)) * 3 + 1
+    net.forward(network, x)
+    np.testing.assert_array_equal(network.running["mean1"], 0)
+    inside = x @ network.params["W1"]
+    for _ in range(200):
+        net.forward(network, x, train=True)
+    np.testing.assert_allclose(network.running["mean1"], inside.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(network.running["var1"], inside.var(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(net.scores(network, x), net.forward(network, x, train=True)[0], rtol=1e-5)
+    np.testing.assert_allclose(net.scores(network, x)[:1], net.scores(network, x[:1]), rtol=1e-12)  # in any company
+
+
+@pytest.mark.parametrize("options", [{"normalization": "group"}, {"keep": 0.0}, {"keep": 1.5}])
+def test_create_refuses_unknown_options(rng, options):
+    with pytest.raises(InputError, match=r"choose one of|no probability"):
+        net.create(rng, (3, 4, 2), **options)
+
+
+@pytest.mark.parametrize("normalization", ["batch", "layer"])
+def test_save_and_load_with_normalization_and_dropout(rng, tmp_path, normalization):
+    network = net.create(rng, (5, 4, 6, 3), normalization=normalization, keep=0.5)
+    x = rng.standard_normal((7, 5)).astype(np.float32)
+    net.forward(network, x, train=True, rng=rng)  # the statistics move
+    net.save(network, tmp_path / "net.npz")
+    again = net.load(tmp_path / "net.npz")
+    assert (again.normalization, again.keep, again.depth) == (normalization, 0.5, 3)
+    assert list(again.params) == list(network.params) and again.running.keys() == network.running.keys()
+    np.testing.assert_array_equal(net.scores(again, x), net.scores(network, x))
+    np.savez(tmp_path / "net.npz", activation="relu", normalization=normalization, **network.params)
+    if normalization == "batch":  # its statistics are missing
+        with pytest.raises(InputError, match="do not fit"):
+            net.load(tmp_path / "net.npz")
+
+
+def test_cast_copies_the_running_statistics_too(rng):
+    network = net.create(rng, (5, 4, 3), normalization="batch", keep=0.5)
+    copy = net.cast(network, np.float64)
+    copy.running["mean1"] += 1
+    assert copy.running["mean1"].dtype == np.float64 and (copy.normalization, copy.keep) == ("batch", 0.5)
+    np.testing.assert_array_equal(network.running["mean1"], 0)
+
+
 def test_save_and_load(rng, tmp_path):
     network = net.create(rng, (5, 4, 3), "tanh")
     net.save(network, tmp_path / "net.npz")
@@ -258,3 +408,22 @@ def test_keras_agrees(rng, activation):
     np.testing.assert_allclose(ours, theirs, atol=1e-6)  # Keras reports in float32; the bound of the lesson is 1e-5
     assert np.ptp(ours) > 0.1
     assert twin.largest_difference(before.params, network.params) == 0
+
+
+@pytest.mark.parametrize("normalization", ["batch", "layer"])
+def test_keras_agrees_with_normalization(rng, normalization):
+    from models.numpy_net import twin
+
+    network = net.create(rng, (6, 8, 8, 4), "tanh", normalization=normalization, dtype=np.float64)
+    for name in network.params:
+        network.params[name] += 0.1 * rng.standard_normal(network.params[name].shape)
+    x, y = rng.standard_normal((40, 6)), rng.integers(0, 4, 40)
+    for _ in range(3):
+        net.forward(network, x, train=True)
+    np.testing.assert_allclose(twin.model(network, "float64")(x), net.scores(network, x), atol=1e-7)  # epsilon: float32
+    _, gradients = net.loss(network, x, y)
+    assert twin.largest_difference(gradients, twin.gradients(network, x, y)) < 1e-8
+    network.keep = 0.5
+    np.testing.assert_allclose(twin.model(network, "float64")(x), net.scores(network, x), atol=1e-7)
+    with pytest.raises(ValueError, match="masks"):
+        twin.gradients(network, x, y)

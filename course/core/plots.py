@@ -3,7 +3,7 @@
 import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 matplotlib.rcParams.update(
     {
@@ -67,6 +67,9 @@ def panels(groups, *, title="", xlabel="epoch", size=(3.6, 2.9), x=None, legend=
     for axis, (name, series) in zip(axes[0], groups.items(), strict=True):
         _lines(axis, series, x)
         axis.set(title=name, xlabel=xlabel, **options)
+        if options.get("yscale") == "log":  # numbers between the powers of ten, where a panel spans no more than one
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
         if legend == "each":
             axis.legend()
     if legend == "side":

@@ -8,6 +8,9 @@ Conventions that all modules keep:
 - A loss takes (scores, targets) and returns (mean loss, dL/dscores): the two are cheaper, and stabler, together.
 - The dtype of the input is kept: float32 to train, float64 to check gradients.
 
-Modules: layers, losses, initialisers, optim; net (a network of any depth of them); gradcheck (finite differences) and
-checks (what a network must pass); twin (the same network in Keras: the only module that needs TensorFlow).
+- Pictures are [N, H, W, C] and kernels [kh, kw, C, F], as in Keras.
+
+Modules: layers, conv, norm, dropout, losses, initialisers, optim; net (a network of any depth of dense layers); solver
+(trains it, or any other model); linear, knn; gradcheck (finite differences) and checks (what a network must pass); twin
+(the same network in Keras); benchmark (the speed, beside Keras and scikit-learn).
 """

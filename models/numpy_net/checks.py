@@ -4,11 +4,13 @@ The lessons put these tables into their reports, and the tests hold them to thei
 """
 
 import dataclasses
+import functools
+import inspect
 
 import numpy as np
 from matplotlib import pyplot as plt
 
-from models.numpy_net import gradcheck, layers, losses
+from models.numpy_net import conv, dropout, gradcheck, layers, losses, norm
 from models.numpy_net import net as nets
 
 BOUND = 1e-7  # on the relative error, elementwise and of the norms
@@ -32,6 +34,78 @@ def _loss(loss, scores, targets):
     return gradcheck.check(lambda: loss(scores, targets)[0], {"scores": scores}, {"scores": loss(scores, targets)[1]})
 
 
+def convolutional(rng):
+    """Convolution and pooling, every version of each -> {name: list of `gradcheck.Check`}.
+
+    They are linear in each of their arguments (the largest of a window as long as the same number stays the largest:
+    those of x stand 0.1 apart), so a large step has no truncation, and leaves almost no rounding.
+    """
+    found, shapes = {}, {"x": (2, 6, 5, 3), "w": (3, 2, 3, 4), "b": (4,)}
+    arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    for name, forward, backward in (
+        ("naive convolution", conv.conv_naive_forward, conv.conv_naive_backward),
+        ("im2col convolution", conv.conv_im2col_forward, conv.conv_im2col_backward),
+        ("fast convolution", conv.conv_forward, conv.conv_backward),
+    ):
+        forward = functools.partial(forward, stride=2, pad=1)
+        found[name] = gradcheck.check_layer(forward, backward, arrays, rng, step=0.1)
+    x = rng.permutation(2 * 6 * 4 * 3).reshape(2, 6, 4, 3) / 10
+    for name, forward, backward, overlap in (
+        ("naive max pooling", conv.max_pool_naive_forward, conv.max_pool_naive_backward, {"stride": 1}),
+        ("max pooling of tiles", conv.max_pool_reshape_forward, conv.max_pool_reshape_backward, {}),
+        ("max pooling", conv.max_pool_forward, conv.max_pool_backward, {"stride": 1}),
+        ("average pooling", conv.avg_pool_forward, conv.avg_pool_backward, {"stride": 1}),
+    ):
+        forward = functools.partial(forward, size=2, **overlap)
+        found[name] = gradcheck.check_layer(forward, backward, {"x": x}, rng, step=0.01)
+    return found
+
+
+def normalizing(rng):
+    """Normalization of every kind, and dropout -> {name: list of `gradcheck.Check`}."""
+    running = {"mean": rng.standard_normal(6), "var": rng.uniform(0.5, 2, 6)}
+    flat, pictures = rng.standard_normal((7, 6)) + 1, rng.standard_normal((3, 4, 2, 6)) + 1
+    found = {}
+    for name, x, backward, forward, options in (
+        ("batch norm", flat, norm.batch_norm_backward, norm.batch_norm_forward, {"train": True}),
+        ("batch norm, testing", flat, norm.batch_norm_backward, norm.batch_norm_forward,
+         {"running": running, "train": False}),
+        ("layer norm", flat, norm.layer_norm_backward, norm.layer_norm_forward, {}),
+        ("group norm", flat, norm.group_norm_backward, norm.group_norm_forward, {"groups": 2}),
+        ("spatial batch norm", pictures, norm.spatial_batch_norm_backward, norm.spatial_batch_norm_forward,
+         {"train": True}),
+        ("spatial group norm", pictures, norm.spatial_group_norm_backward, norm.spatial_group_norm_forward,
+         {"groups": 2}),
+    ):  # fmt: skip
+        arrays = {"x": x, "gamma": rng.standard_normal(6), "beta": rng.standard_normal(6)}
+        found[name] = gradcheck.check_layer(functools.partial(forward, **options), backward, arrays, rng)
+
+    def same_mask(x):
+        return dropout.dropout_forward(x, 0.6, np.random.default_rng(0), train=True)
+
+    found["dropout"] = gradcheck.check_layer(same_mask, dropout.dropout_backward, {"x": flat}, rng)
+    return found
+
+
+def lesson(pairs, losses, rng):
+    """The layers and losses that a lesson wrote -> {name: list of `gradcheck.Check`}.
+
+    pairs: name -> (forward, backward) of x [6, 5], or of x, w [5, 4] and b [4]; a kink is where an output is 0.
+    losses: name -> loss(scores [6, 5], labels [6]).
+    """
+    x, w, b = (rng.standard_normal(shape) for shape in ((6, 5), (5, 4), 4))
+    found, labels = {}, rng.integers(0, 5, 6)
+    for name, (forward, backward) in pairs.items():
+        arrays = {"x": x, "w": w, "b": b} if len(inspect.signature(forward).parameters) == 3 else {"x": x}
+        kinks = functools.partial(_positive, forward, arrays)
+        found[name] = gradcheck.check_layer(forward, backward, arrays, rng, pieces=kinks)
+    return found | {name: _loss(loss, x, labels) for name, loss in losses.items()}
+
+
+def _positive(forward, arrays):
+    return forward(*arrays.values())[0] > 0
+
+
 def network(forward, backward, net, x, y, **options):
     """Every parameter of a float64 `net` under the softmax cross-entropy of (x, y) -> list of `gradcheck.Check`.
 
@@ -48,6 +122,23 @@ def network(forward, backward, net, x, y, **options):
     kinked = "relu" in net.activation and net.depth > 1
     return gradcheck.check(lambda: losses.softmax_cross_entropy(forward(net, x)[0], y)[0], net.params, gradients,
                            pieces=sides if kinked else None, **options)  # fmt: skip
+
+
+def training_loss(loss, net, x, y, **options):
+    """The gradients of loss(net, x, y, rng=rng, **options) -> value, gradients, for a float64 `net`, in training mode.
+
+    Returns a list of `gradcheck.Check`.  Each call is given a generator that draws the same dropout masks.
+    """
+
+    def masked():
+        return loss(net, x, y, rng=np.random.default_rng(0), **options)
+
+    def sides():  # of the kinks, as in `network`
+        _, caches = nets.forward(net, x, train=True, rng=np.random.default_rng(0))
+        return np.concatenate([(affine[0] > 0).ravel() for affine, _ in caches[1:]])
+
+    kinked = "relu" in net.activation and net.depth > 1
+    return gradcheck.check(lambda: masked()[0], net.params, masked()[1], pieces=sides if kinked else None)
 
 
 def networks(forward, backward, rng):

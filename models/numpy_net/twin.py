@@ -8,27 +8,58 @@ from models.numpy_net import net as nets
 
 
 def model(net, dtype="float32"):
-    """`net` as a Keras model of Dense layers that computes in `dtype`, weights included."""
+    """`net` as a Keras model that computes in `dtype`, weights and running statistics included."""
     twin = keras.Sequential([keras.Input((len(net.params["W1"]),), dtype=dtype)])
     for layer in range(1, net.depth + 1):
-        activation = {"identity": "linear"}.get(net.activation, net.activation) if layer < net.depth else None
-        if activation == "leaky_relu":
-            activation = keras.layers.LeakyReLU(negative_slope=0.01, dtype=dtype)  # Keras's own default is 0.2
-        twin.add(keras.layers.Dense(net.params[f"b{layer}"].size, activation, dtype=dtype))
-    twin.set_weights(list(net.params.values()))
+        twin.add(keras.layers.Dense(net.params[f"b{layer}"].size, dtype=dtype))
+        if layer < net.depth:
+            if net.normalization == "batch":
+                twin.add(keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5, dtype=dtype))
+            elif net.normalization == "layer":
+                twin.add(keras.layers.LayerNormalization(epsilon=1e-5, dtype=dtype))
+            if net.activation == "leaky_relu":
+                twin.add(keras.layers.LeakyReLU(negative_slope=0.01, dtype=dtype))  # Keras's own default is 0.2
+            elif net.activation != "identity":
+                twin.add(keras.layers.Activation(net.activation, dtype=dtype))
+            if net.keep < 1:
+                twin.add(keras.layers.Dropout(1 - net.keep, dtype=dtype))
+    widths = [net.params[f"b{layer}"].size for layer in range(1, net.depth + 1)]
+    arrays = net.params | net.running
+    twin.set_weights([arrays[name] for name in nets.shapes((len(net.params["W1"]), *widths), net.normalization)])
     return twin
 
 
 def gradients(net, x, y):
-    """dL/dparameter, by name, of the mean softmax cross-entropy of (x, y), by tf.GradientTape in float64."""
+    """dL/dparameter, by name, of the mean softmax cross-entropy of (x, y), by tf.GradientTape in float64.
+
+    In training mode: batch normalization uses the batch.  Raises `ValueError` for a network with dropout, of which
+    Keras would draw another mask than ours.
+    """
     import tensorflow as tf
 
+    if net.keep < 1:
+        raise ValueError(f"Keras draws its own dropout masks: compare gradients at keep = 1, not {net.keep}")
     twin, weights = model(net, "float64"), [tf.constant(array) for array in net.params.values()]
     with tf.GradientTape() as tape:
         tape.watch(weights)  # as constants: a mirrored strategy's variables have no one value to differentiate by
-        scores, _ = twin.stateless_call(weights, [], x)
+        statistics = [variable.value for variable in twin.non_trainable_variables]
+        scores, _ = twin.stateless_call(weights, statistics, x, training=True)
         loss = tf.reduce_mean(keras.losses.sparse_categorical_crossentropy(y, scores, from_logits=True))
     return dict(zip(net.params, (slope.numpy() for slope in tape.gradient(loss, weights)), strict=True))
+
+
+def agreement(loss, net, x, y, reg=0.0):
+    """loss(net, x, y, reg=, rng=) -> value, gradients of a lesson: {"loss": value, "library": d, "GradientTape": d}.
+
+    d is the largest difference of a gradient from the library's (same dropout masks) and from Keras's; the latter is
+    left out where there is regularisation or dropout.
+    """
+    value, ours = loss(net, x, y, reg=reg, rng=np.random.default_rng(0))
+    _, theirs = nets.loss(net, x, y, reg=reg, rng=np.random.default_rng(0))
+    found = {"loss": float(value), "library": largest_difference(ours, theirs)}
+    if net.keep == 1 and not reg:
+        found["GradientTape"] = largest_difference(ours, gradients(net, x, y))
+    return found
 
 
 class _BatchLosses(keras.callbacks.Callback):

@@ -1,0 +1,179 @@
+"""How fast the NumPy layers are, beside their own naive forms and beside Keras and scikit-learn.
+
+Ratios of times of one run on one machine, each with the bound that it must keep; the exit status is 1 where one does
+not.  Before anything is timed, the answers are compared.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from course.core import cli, flags
+from models.numpy_net import conv, knn
+
+NAIVE_BOUND = 50  # at least: naive convolution / fast convolution
+KERAS_BOUND = 3  # at most: fast convolution / Keras's
+KNN_BOUND = 1.3  # at most: neighbours without a loop / scikit-learn's brute force
+
+# what is convolved: pictures [N, H, W, C], kernels [kh, kw, C, F], stride (padding "same")
+LAYERS = {
+    "7x7 on colour pixels": ((16, 32, 32, 3), (7, 7, 3, 32), 1),
+    "3x3 in the middle": ((16, 16, 16, 32), (3, 3, 32, 64), 1),
+    "3x3, stride 2": ((16, 32, 32, 32), (3, 3, 32, 64), 2),
+}
+
+
+@dataclasses.dataclass
+class Benchmark:
+    """How long to measure."""
+
+    rounds: int = 8  # turns of each function; its time is the least of them
+    seed: int = 0  # of the numbers worked on
+
+
+@dataclasses.dataclass
+class Ratio:
+    """Times of two functions in milliseconds, and the bound that their ratio must keep."""
+
+    what: str
+    over: str  # "naive / fast": which two
+    first: float
+    second: float
+    bound: float
+    at_least: bool  # else: at most
+
+    @property
+    def value(self):
+        return self.first / self.second
+
+    @property
+    def met(self):
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+
+def least_times(functions, rounds, burst=4):
+    """The least time of each function (name -> function of nothing) in milliseconds -> name: time.
+
+    The functions take turns, so that a busy spell of the machine meets them all, and the least time is that of an
+    undisturbed turn.  A turn is a burst after a pause and an untimed call: the threads that the function before it left
+    waiting have gone to sleep, and the memory is its own.
+    """
+    best = dict.fromkeys(functions, np.inf)
+    for _ in range(rounds):
+        for name, function in functions.items():
+            time.sleep(0.05)
+            function()
+            for _ in range(burst):
+                began = time.perf_counter()
+                function()
+                best[name] = min(best[name], 1e3 * (time.perf_counter() - began))
+    return best
+
+
+def keras_convolution(w, b, stride):
+    """Keras's layer with kernels w and biases b, forward and backward in one graph: (x, d_out) -> out, gradients."""
+    import keras
+    import tensorflow as tf
+
+    layer = keras.layers.Conv2D(len(b), w.shape[:2], strides=stride, padding="same", dtype=w.dtype.name)
+    layer.build((None, None, None, w.shape[2]))
+    layer.set_weights([w, b])
+
+    @tf.function
+    def both(x, d_out):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            out = layer(x)
+        return out, tape.gradient(out, [x, *layer.trainable_variables], output_gradients=d_out)
+
+    return both
+
+
+def _agree(ours, theirs):
+    """Raise unless two lists of float32 arrays are equal up to rounding."""
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+def convolutions(rounds, seed, layers=LAYERS):
+    """Ratios of naive / fast and fast / Keras, forward and backward together, for every layer of `layers`."""
+    import tensorflow as tf
+
+    rng, found = np.random.default_rng(seed), []
+    for name, (pictures, kernels, stride) in layers.items():
+        x, w, b = (rng.standard_normal(shape).astype(np.float32) for shape in (pictures, kernels, kernels[3:]))
+        d_out = rng.standard_normal(conv.conv_forward(x, w, b, stride, "same")[0].shape).astype(np.float32)
+        both, x_there, d_there = keras_convolution(w, b, stride), tf.constant(x), tf.constant(d_out)
+
+        def naive(x=x, w=w, b=b, d_out=d_out, stride=stride):
+            out, cache = conv.conv_naive_forward(x, w, b, stride, "same")
+            return out, *conv.conv_naive_backward(d_out, cache)
+
+        def fast(x=x, w=w, b=b, d_out=d_out, stride=stride):
+            out, cache = conv.conv_forward(x, w, b, stride, "same")
+            return out, *conv.conv_backward(d_out, cache)
+
+        def keras(both=both, x=x_there, d_out=d_there):
+            out, gradients = both(x, d_out)
+            return [array.numpy() for array in (out, *gradients)]  # waits for them
+
+        ours, began = fast(), time.perf_counter()
+        _agree(naive(), ours)
+        naive_time = 1e3 * (time.perf_counter() - began)  # once: seconds, not to be disturbed by much
+        _agree(keras(), ours)
+        times = least_times({"fast": fast, "Keras": keras}, rounds)
+        found.append(Ratio(name, "naive / fast", naive_time, times["fast"], NAIVE_BOUND, True))
+        found.append(Ratio(name, "fast / Keras", times["fast"], times["Keras"], KERAS_BOUND, False))
+    return found
+
+
+def neighbours(rounds, seed, examples=5_000, queries=500, features=3_072, k=5):
+    """Ratio of `knn.nearest` to scikit-learn's brute-force search, on float32 pixels."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    rng = np.random.default_rng(seed)
+    train, test = (rng.uniform(0, 255, (count, features)).astype(np.float32) for count in (examples, queries))
+    theirs = KNeighborsClassifier(k, algorithm="brute").fit(train, np.zeros(examples, int))
+    _agree([knn.nearest(test, train, k)[0]], [theirs.kneighbors(test)[0]])
+    times = least_times(
+        {"ours": lambda: knn.nearest(test, train, k), "theirs": lambda: theirs.kneighbors(test)}, rounds, burst=2
+    )
+    what = f"{k} nearest of {examples:,} x {features:,}, {queries} queries"
+    return [Ratio(what, "no loop / scikit-learn", times["ours"], times["theirs"], KNN_BOUND, False)]
+
+
+def show(found):
+    """The ratios as a table on the terminal."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("what", "ratio of", "ms", "ms", "ratio", "bound", ""):
+        table.add_column(column, justify="left" if column in ("what", "ratio of", "") else "right", no_wrap=True)
+    for ratio in found:
+        bound = f"{'>=' if ratio.at_least else '<='} {ratio.bound:g}"
+        verdict = "[green]met[/]" if ratio.met else "[bold red]MISSED[/]"
+        table.add_row(ratio.what, ratio.over, f"{ratio.first:.4g}", f"{ratio.second:.4g}", f"{ratio.value:.3g}", bound,
+                      verdict)  # fmt: skip
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(table)
+    cores = len(os.sched_getaffinity(0))
+    console.print(f"forward and backward, float32, {cores} cores; least time of each in turns of one run")
+
+
+def main(argv):
+    options = flags.read(Benchmark(), argv, prog="python -m models.numpy_net.benchmark", description=__doc__)
+    found = convolutions(options.rounds, options.seed) + neighbours(options.rounds, options.seed)
+    show(found)
+    missed = [ratio for ratio in found if not ratio.met]
+    for ratio in missed:
+        print(f"missed: {ratio.what}, {ratio.over}: {ratio.value:.3g}, bound {ratio.bound:g}", file=sys.stderr)
+    if missed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    cli(main)

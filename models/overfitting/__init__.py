@@ -1,0 +1,1 @@
+"""Small training sets with wrong labels, and what is drawn of networks that overfit them (day 3)."""
