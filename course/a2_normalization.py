@@ -36,14 +36,14 @@ class Config:
     scales: int = 20  # weight scales of the sweep, from 1e-4 to 1
     batches: tuple[int, ...] = (5, 10, 50)  # sizes of the batch-size experiment
     batches_lr: float = 3e-4  # Adam's in it: small enough for batches of 5
-    narrow: tuple[int, ...] = (1, 2, 3, 5, 10, 20)  # widths of the one narrow layer
     trials: int = 5  # runs of each setting, each from its own weights
+    sweep_trials: int = 5  # the same, in the sweep
 
 
 PRESETS = {
     "smoke": {"data": "fashion_mnist_12k", "examples": 200, "validation": 200, "hidden": (20, 20, 20), "epochs": 2,
-              "scales": 3, "batches": (5, 50), "narrow": (1, 10), "trials": 2},
-    "cpu": {"stand_in": "fashion_mnist", "trials": 3},
+              "scales": 3, "batches": (5, 50), "trials": 2, "sweep_trials": 1},
+    "cpu": {"stand_in": "fashion_mnist", "trials": 3, "sweep_trials": 2},
     "full": {},
 }  # fmt: skip
 KINDS = {"none": None, "batch norm": "batch", "layer norm": "layer"}
@@ -188,8 +188,7 @@ def layer_norm_backward(d_out, cache):
 #
 # **Which preparation of the images is like batch norm, which like layer norm?** Batch norm ignores any rescaling of a
 # *feature*, as does taking off the mean image and dividing each pixel by its deviation. Layer norm ignores any
-# rescaling of an *example*, as does giving each image one brightness and contrast, and needs no other examples. The
-# table of invariances has it in numbers.
+# rescaling of an *example*, as does giving each image one brightness and contrast (table of invariances).
 
 
 # %%
@@ -277,13 +276,13 @@ def invariances(rng):
 #
 # **How does the scale of the first weights matter, and why?** Without normalisation each layer multiplies the signal,
 # and on the way back the gradient, by a factor in proportion to it: after five layers the fifth power. Too small, and
-# nothing comes out but biases; too large, and the loss starts in the thousands. Normalisation resets the signal at each
-# layer. What remains: the larger a weight, the less a step of Adam turns it, hence the slow learning at scale 1; and
-# where $v$ is far below $\epsilon$, eq. 3 no longer normalises.
+# only biases learn; too large, and the loss is in the thousands. Normalisation resets the signal at each layer. What
+# remains: the larger a weight, the less a step of Adam turns it, hence the slow learning at scale 1; and where $v$ is
+# far below $\epsilon$, eq. 3 no longer normalises. With small weights layer norm helps less than batch norm.
 #
 # **How do batch norm and batch size depend on each other?** A mean over $N$ examples has noise of $\sigma / \sqrt N$:
-# with 5 examples nearly half a deviation, a new one at each step. That is why batch norm suffers from small batches.
-# Layer norm, which has no such noise, and the plain network take the same steps and show what is due to the size alone.
+# with 5 examples nearly half a deviation, a new one at each step, so batch norm suffers from small batches. The others,
+# which have no such noise, take the same steps and show what is due to the number of steps alone.
 #
 # **When does layer norm fail?** With few features. One alone becomes $\beta$ whatever it was; of two only the order is
 # left, one bit. The table takes networks with one narrow layer.
@@ -297,17 +296,18 @@ def main(argv=None):
         data = trials.centred(core.data.three_way(images, cfg.examples, cfg.validation, 0))
         rng = np.random.default_rng(cfg.seed)
 
-        def train(stage, hidden=cfg.hidden, scale=cfg.weight_scale, batch=cfg.batch, lr=cfg.lr):
+        def train(stage, hidden=cfg.hidden, scale=cfg.weight_scale, batch=cfg.batch, lr=cfg.lr, times=cfg.trials):
             kinds = {kind: {"normalization": name, "weight_scale": scale} for kind, name in KINDS.items()}
-            return trials.compare(run, stage, kinds, data, hidden, seed=cfg.seed, trials=cfg.trials,
+            return trials.compare(run, stage, kinds, data, hidden, seed=cfg.seed, trials=times,
                                   epochs=cfg.epochs, batch=batch, lr=lr)  # fmt: skip
 
         found, differences = check(rng)
         gradients, settled, times = checks.rows(found), settle(rng), [time_backward(rng, (n, 100)) for n in (50, 1_000)]
         deep = train("deep network")
         batches = {n: train(f"batches of {n}", batch=n, lr=cfg.batches_lr) for n in cfg.batches}
-        narrow = {n: train(f"narrow layer of {n}", (100, n, 100)) for n in cfg.narrow}
-        sweep = {scale: train(f"scale {scale:.1e}", scale=scale) for scale in np.logspace(-4, 0, cfg.scales).tolist()}
+        narrow = {n: train(f"narrow layer of {n}", (100, n, 100)) for n in (1, 2, 3, 5, 10, 20)}
+        sweep = {scale: train(f"scale {scale:.1e}", scale=scale, times=cfg.sweep_trials)
+                 for scale in np.logspace(-4, 0, cfg.scales).tolist()}  # fmt: skip
 
         run.record |= {"data": images.provenance, "tables": {
             "gradient check": gradients, "difference from Keras": differences, "backward": times,
@@ -334,14 +334,14 @@ def main(argv=None):
         run.figure("deep_network", core.plots.panels(curves))
         curves = {f"batches of {n}": {kind: found[kind]["training"] for kind in KINDS} for n, found in batches.items()}
         run.figure("batch_size", core.plots.panels(curves, ylabel="training accuracy, %", ylim=(0, 100)))
-        titles = {"spread": "spread of the last hidden layer"} | titles
+        titles = {"spread": "spread of the last layer at the start"} | titles
         figure = core.plots.panels({title: trials.ends(sweep, curve) for curve, title in titles.items()}, x=list(sweep),
                                    xlabel="standard deviation of the first weights", xscale="log")  # fmt: skip
         for axes in figure.axes[:2]:
             axes.set_yscale("log")
         run.figure("scale", figure)
         run.figure("narrow_layer", core.plots.curves(
-            trials.ends(narrow, "training"), x=cfg.narrow, xscale="log", ylabel="training accuracy, %",
+            trials.ends(narrow, "training"), x=list(narrow), ylabel="training accuracy, %",
             xlabel="units of the second of three hidden layers"))  # fmt: skip
     return run.record
 

@@ -227,17 +227,20 @@ def walk(name, constants, rng, steps=100, lr=2.0**-7):
 # %% [markdown]
 # ## Six rules, one network
 # Six layers on 4,000 pictures: deep enough that the layers' gradients differ in size. Each rule first tries three
-# learning rates on one seed and keeps the one with the highest validation accuracy; then it has two more seeds.
+# learning rates on one seed and keeps the one with the lowest training loss at the end, since what we compare is how
+# fast they descend; then it has two more seeds. (Validation accuracy soon stops rising, whatever the rule: 4,000
+# pictures are learned by heart before much else.)
 #
 # ## AdaGrad's fate
-# *Why do AdaGrad's updates become very small, and would Adam's?* Its cache only grows. After $t$ gradients of size
-# $g$ it is $t g^2$, and a step is $\eta / \sqrt t$: the rate decays by itself, whether or not we have arrived. Adam's
-# $v$ is a mean, not a sum: of gradients that keep their size, its steps keep theirs. Both are measured below: the mean
-# size of the updates of one layer, at each step of training, with the exponent $p$ of $t^p$ fitted to it.
+# *Why do AdaGrad's updates become very small, and would Adam's?* Its cache only grows. After $t$ gradients of size $g$
+# it is $t g^2$, and the step is $\eta / \sqrt t$ (7): the rate decays by itself, whether or not we have arrived. Adam's
+# $v$ is a mean, not a sum: of gradients that keep their size, its steps keep theirs. Measured below is the mean size of
+# the updates at each step, and the exponent $p$ of $t^p$ fitted to it: first for gradients of size 1 and random sign,
+# then for one layer of the network, whose gradients grow as it learns, so that AdaGrad's updates shrink less fast.
 
 # %%
-RATES = {"sgd": (0.003, 0.01, 0.03), "momentum": (0.001, 0.003, 0.01), "nesterov": (0.001, 0.003, 0.01),
-         "adagrad": (0.003, 0.01, 0.03), "rmsprop": (1e-4, 3e-4, 1e-3), "adam": (3e-4, 1e-3, 3e-3)}  # fmt: skip
+RATES = {"sgd": (0.01, 0.03, 0.06), "momentum": (0.001, 0.003, 0.01), "nesterov": (0.003, 0.01, 0.02),
+         "adagrad": (0.001, 0.003, 0.01), "rmsprop": (1e-4, 3e-4, 1e-3), "adam": (3e-4, 1e-3, 3e-3)}  # fmt: skip
 
 
 def threaded(rule):
@@ -263,6 +266,15 @@ def watched(rule, layer, sizes):
     return watch
 
 
+def steady(name, rng, steps=1000):
+    """Sizes of the updates [steps] under gradients of size 1 and random sign."""
+    sizes, params, state = [], {"w": np.zeros(1000)}, {}
+    step = watched(RULES[name], "w", sizes)
+    for _ in range(steps):
+        step(params, {"w": rng.choice((-1.0, 1.0), 1000)}, state, 1e-3)
+    return [sizes]
+
+
 def train(name, lr, examples, held_out, cfg, trial):
     """Train the deep network by one rule -> what is drawn: per epoch loss and accuracies (%), per step update sizes."""
     sizes, widths = [], (examples[0].shape[1], *cfg.hidden, 10)
@@ -278,7 +290,7 @@ def train(name, lr, examples, held_out, cfg, trial):
 def compare(name, examples, held_out, cfg):
     """All runs of one rule: its search (one seed), then those at the best rate, one for each trial."""
     search = [train(name, lr, examples, held_out, cfg, 0) for lr in RATES[name]]
-    best = max(search, key=lambda run: run["val"][-1])
+    best = min(search, key=lambda run: run["loss"][-1])
     return {"search": search, "runs": [best] + [train(name, best["lr"], examples, held_out, cfg, trial)
                                                 for trial in range(1, cfg.trials)]}  # fmt: skip
 
@@ -303,36 +315,32 @@ def main(argv=None):
         known = check_known()
         walks = {kind: [walk(name, table[name], np.random.default_rng(cfg.seed)) for name in RULES]
                  for kind, table in (("same", SAME), ("own", OWN))}  # fmt: skip
+        calm = {name: steady(name, np.random.default_rng(cfg.seed)) for name in ("adagrad", "rmsprop", "adam")}
         found = {name: run.once(name, lambda name=name: compare(name, examples, held_out, cfg)) for name in RULES}
 
         curves = {key: {name: [one[key] for one in arm["runs"]] for name, arm in found.items()}
                   for key in ("loss", "train", "val", "updates")}  # fmt: skip
         rates = [{"rule": name, "lr": one["lr"], "val_accuracy": one["val"][-1], "loss": one["loss"][-1]}
                  for name, arm in found.items() for one in arm["search"]]  # fmt: skip
-        run.record |= {
-            "data": data.provenance,
-            "history": curves | {"rates": {name: arm["runs"][0]["lr"] for name, arm in found.items()}},
-            "tables": {
-                "known values": known,
-                "a hundred steps, same constants": walks["same"],
-                "a hundred steps, own defaults": walks["own"],
-                "learning rates": rates,
-            },
-        }
+        run.record["data"] = data.provenance
+        run.record["history"] = {key: curves[key] for key in ("loss", "train", "val")}
+        run.record["tables"] = {"known values": known, "a hundred steps, same constants": walks["same"],
+                                "a hundred steps, own defaults": walks["own"], "learning rates": rates}  # fmt: skip
         run.record["metrics"] = {
             "known_values_worst": max(max(row["w"], row["memory"]) for row in known),
             "keras_worst_difference": max(row["from Keras"] for row in walks["same"]),
-            "library_worst_difference": max(row["from the library"] for row in walks["same"]),
             **{f"loss_{name}": float(np.mean(values, axis=0)[-1]) for name, values in curves["loss"].items()},
+            "library_worst_difference": max(row["from the library"] for row in walks["same"]),
             **{f"val_accuracy_{name}": float(np.mean(values, axis=0)[-1]) for name, values in curves["val"].items()},
-            **{f"update_exponent_{name}": exponent(curves["updates"][name]) for name in ("adagrad", "rmsprop", "adam")},
+            **{f"update_exponent_{name}": exponent(curves["updates"][name]) for name in calm},
+            **{f"update_exponent_steady_{name}": exponent(sizes) for name, sizes in calm.items()},
         }
         shown = {"training loss": curves["loss"], "training accuracy, %": curves["train"],
                  "validation accuracy, %": curves["val"]}  # fmt: skip
         run.figure("rules", core.plots.panels(shown, legend="side"))
-        sizes = {name: curves["updates"][name] for name in ("adagrad", "rmsprop", "adam")}
-        run.figure("update_sizes", core.plots.curves(sizes, xlabel="step", ylabel="mean size of an update",
-                                                     xscale="log", yscale="log"))  # fmt: skip
+        shown = {"updates, gradients of size 1": calm,
+                 "updates, fifth layer": {name: curves["updates"][name] for name in calm}}  # fmt: skip
+        run.figure("update_sizes", core.plots.panels(shown, xlabel="step", xscale="log", yscale="log"))
     return run.record
 
 

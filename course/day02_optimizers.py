@@ -198,13 +198,13 @@ def compare_rules(run, cfg, parts, title):
     chosen, curves, final = [], {}, {}
     for name in RULES:
         rows = run.once(f"{title}-{name}", functools.partial(sweep, cfg, parts, name))
-        best = lowest(rows, "lr", "loss", near=0.2)
-        chosen.append({"rule": name} | best)
+        chosen.append({"rule": name} | (best := lowest(rows, "lr", "loss", near=0.2)))
         curves[name], final[name] = gather(rows, "lr", "curve")[best["lr"]], line(rows, "lr", "loss")
         print(f"{title}, {name}: lr {best['lr']:.2g}, training loss {best['loss']:.3f}", flush=True)
     run.record["tables"][f"rules on {title}"] = chosen
-    loss = {row["rule"]: row["loss"] for row in chosen}
-    run.record["metrics"] |= {f"{title}_sgd_minus_{name.lower()}": loss["SGD"] - loss[name] for name in loss}
+    loss = {f"{title}_loss_{row['rule'].lower()}": row["loss"] for row in chosen}
+    gain = loss[f"{title}_loss_sgd"] - loss[f"{title}_loss_adam"]
+    run.record["metrics"] |= {f"{title}_sgd_minus_adam": gain} | loss
     return curves, final
 
 
@@ -341,8 +341,8 @@ def main(argv=None):
         run.figure("loss_curves", core.plots.panels(curves, xlabel="part of the training", **axes))
         rates = {name: ladder(middle, cfg.rates) for name, (_, _, middle, _) in RULES.items()}
         run.figure("sensitivity", core.plots.panels(final, x=rates, xlabel="learning rate", xscale="log", **axes))
-        first = ["keras_difference", *(f"{title}_sgd_minus_adam" for title in curves)]
-        run.record["metrics"] = {name: run.record["metrics"][name] for name in first} | run.record["metrics"]
+        headline = ["keras_difference", *(f"{title}_sgd_minus_adam" for title in curves)]
+        run.record["metrics"] = {name: run.record["metrics"][name] for name in headline} | run.record["metrics"]
     return run.record
 
 
