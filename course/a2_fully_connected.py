@@ -315,9 +315,9 @@ def main(argv=None):
         scales = np.logspace(-2.5, -0.5, cfg.scales)
         swept = {d: np.array(run.once(f"{d}_layers", lambda d=d: sweep(few, d, scales, cfg))) for d in (3, 5)}
         learned = {d: scales[np.median(swept[d], axis=0) == 100] for d in swept}
-        two = nets.create(rng, (x[0].size, cfg.two_layer_hidden, 10), weight_scale=0.01)
+        two = nets.create(rng, (x[0].size, cfg.two_layer_hidden, 10))
         loss, scores = functools.partial(two_layer_loss, reg=1e-3), lambda net, x: two_layer_scores(net, x)[0]
-        solver = Solver(loss, scores, cfg.two_layer_epochs, lr=0.02, lr_decay=0.85, seed=cfg.seed, label="two layers:")
+        solver = Solver(loss, scores, cfg.two_layer_epochs, lr=0.05, lr_decay=0.75, seed=cfg.seed, label="two layers:")
         shallow = solver.fit(two, examples, held_out, run.checkpoint(None, "two_layers"))
         net = nets.create(rng, (x[0].size, *cfg.hidden, 10), normalization="batch", keep=cfg.keep)
         solver = Solver(deep_loss, deep_scores, cfg.epochs, cfg.batch, cfg.lr, cfg.lr_decay, optim.momentum,

@@ -79,8 +79,7 @@ USUAL = "norm", "relu", "drop"  # what follows a hidden layer's affine map
 #   \underbrace{\mathbb{E}_D |f_D - \bar f|^2}_{\text{variance}} \quad(1)$$
 #
 # From $R$ networks: variance is the squared distance from their mean over $R - 1$.  That mean itself still varies by
-# variance / $R$; the naive bias² contains this, and it has to be taken off.  The three then sum to the mean error of
-# the $R$ networks *exactly*; every run checks it.
+# variance / $R$, which has to be taken off the naive bias².  The three then sum to the networks' mean error *exactly*.
 #
 # $D$ varies in two ways.  The **bootstrap** draws $n$ from one set with replacement: all one can do with one set, but a
 # resample holds 63 % of it, and its mean is that of one set, not of all.  MNIST is large enough for the real thing,
@@ -273,8 +272,7 @@ def cures(cfg, pool):
 # In training a dropped unit has the variance $\mathbb{E}[x^2] / p - \mathbb{E}[x]^2$, more than it has at test time.  A
 # normalisation *anywhere behind* a dropout, in its own layer or a later one, has noted the larger one and shrinks its
 # input by too much: "variance shift" (Li et al. 2019).  For each order we measure the variance met in test mode over
-# the one noted, and the error before and after the running statistics are taken anew with dropout off.  (ReLU and
-# dropout commute: their order means nothing.)
+# the one noted, and the error before and after these are taken anew.  (The order of ReLU and dropout means nothing.)
 #
 # ## MC dropout
 # With dropout left on, each pass asks another thinned network.  The entropy of the mean answer says how unsure they are
@@ -318,6 +316,13 @@ def mc_dropout(cfg, pool):
     # end exercise
     answered = {"one pass": np.asarray(ops.softmax(answers(model, pool.x_test))), "MC dropout": many}
     return {name: {"entropy": trials.entropy(p), "chosen": p.argmax(axis=2)} for name, p in answered.items()}
+
+
+# %% [markdown]
+# ## What came out
+# Width ladder, preset cpu, seed 0: test error falls to 39 %, rises to 53 % where the last wrong label has been learnt (at
+# 0.8 $nC$ parameters), and is 31 % at 10 $nC$.  Three quarters of the squared error at the peak are variance; bias²
+# hardly moves there.  With L2 there is no peak.  The bootstrap's lies at the smaller width that its fewer examples need.
 
 
 # %%
