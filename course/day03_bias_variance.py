@@ -320,9 +320,9 @@ def mc_dropout(cfg, pool):
 
 # %% [markdown]
 # ## What came out
-# Width ladder, preset cpu, seed 0: test error falls to 39 %, rises to 53 % where the last wrong label has been learnt (at
+# Width ladder, preset cpu, seed 0: test error falls to 39 %, rises to 53 % where the last wrong label is learnt (at
 # 0.8 $nC$ parameters), and is 31 % at 10 $nC$.  Three quarters of the squared error at the peak are variance; bias²
-# hardly moves there.  With L2 there is no peak.  The bootstrap's lies at the smaller width that its fewer examples need.
+# hardly moves there.  With L2 there is no peak.  The bootstrap's lies at the smaller width its fewer examples need.
 
 
 # %%

@@ -98,7 +98,20 @@ def test_a_module_of_no_group_is_no_unit(tmp_path):
 
 
 def test_units_come_in_the_order_of_the_course(tmp_path):
-    names = ["day02_b", "day10_c", "a1_knn", "a2_x", "cup1_x", "vse_x", "idea_x", "hw1_cars"]
+    names = [
+        "day02_b",
+        "day10_c",
+        "a1_knn",
+        "a1_two_layer_net",
+        "a1_features",
+        "a2_dropout",
+        "a0_new",
+        "a2_x",
+        "cup1_x",
+        "vse_x",
+        "idea_x",
+        "hw1_cars",
+    ]
     for name in reversed(names):
         support.write_unit(tmp_path, name)
     support.write_unit(tmp_path, "__init__")
