@@ -264,7 +264,7 @@ def main(argv=None):
         }  # fmt: skip
         run.figure("accuracy", core.plots.panels({f"{part} accuracy, %": curves for part, curves in widest.items()}))
         ends = {f"{part} accuracy, %": trials.ends(widths, part) for part in widest}
-        run.figure("width", core.plots.panels(ends, x=list(widths), xlabel="hidden units", xscale="log"))
+        run.figure("width", core.plots.panels(ends, x=list(widths), xlabel="hidden units"))
     return run.record
 
 

@@ -43,7 +43,7 @@ class Config:
     two_layer_epochs: int = 10  # its passes over the training images
     few: int = 50  # images to learn by heart
     few_epochs: int = 20  # within so many passes
-    scales: int = 13  # initial weight scales of the sensitivity experiment, over two decades
+    scales: int = 13  # initial weight scales of the sensitivity experiment, from 0.01 to 10
     trials: int = 3  # its initialisations of each
     hidden: tuple[int, ...] = (512, 512, 256)  # units of the best network
     keep: float = 0.75  # its probability to keep a unit
@@ -312,7 +312,7 @@ def main(argv=None):
         examples, held_out, few = (x, parts.y_train), (x_val, parts.y_val), (x[: cfg.few], parts.y_train[: cfg.few])
         gradients, views = check(rng)
         heart = {depth: learn_few(few, depth, None, 0.01, cfg) for depth in (3, 5)}
-        scales = np.logspace(-2.5, -0.5, cfg.scales)
+        scales = np.logspace(-2, 1, cfg.scales)
         swept = {d: np.array(run.once(f"{d}_layers", lambda d=d: sweep(few, d, scales, cfg))) for d in (3, 5)}
         learned = {d: scales[np.median(swept[d], axis=0) == 100] for d in swept}
         two = nets.create(rng, (x[0].size, cfg.two_layer_hidden, 10))
