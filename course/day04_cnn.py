@@ -47,8 +47,8 @@ class Config:
 PRESETS = {
     "smoke": dict(data="fashion_mnist_12k", train=1_000, val=200, numpy_images=640, arms=("3x3", "7x7"),
                   arm_images=320, arm_epochs=1, width=4, best_width=4, epochs=1),
-    "cpu": dict(stand_in="fashion_mnist", numpy_images=10_000, arm_images=6_500, arm_epochs=5, width=12, best_width=16,
-                epochs=6),
+    "cpu": dict(stand_in="fashion_mnist", numpy_images=10_000, arm_images=8_000, arm_epochs=5, width=12, best_width=16,
+                epochs=5),
     "full": {},
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from course.core import plots
 from models.numpy_net import checks
@@ -36,15 +37,35 @@ def feature_maps(model, image, names, channels=8):
     return figure
 
 
+COSTS = {  # of a row of the grid -> its name on the axis, the axis's unit and scale
+    "flops": ("FLOPs of one picture, millions", 1e6, "log"),
+    "ms": ("latency of one picture, ms", 1, "linear"),
+    "ms_of_32": ("latency of 32 pictures, ms", 1, "linear"),
+}
+
+
+def trade_off(points, label, scale):
+    """`plots.pareto` of many arms (name -> (cost, accuracy)), of which many cost the same: names at alternate sides."""
+    figure = plots.pareto(points, xlabel=label, ylabel="validation accuracy, %", xscale=scale)
+    figure.set_size_inches(7.2, 5.4)
+    (axes,) = figure.axes
+    for i, text in enumerate(sorted(axes.texts, key=lambda text: text.xy[1])):
+        text.set(ha=("left", "right")[i % 2], va="center", position=((7, -7)[i % 2], 0))
+    if scale == "log":
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    return figure
+
+
 def draw(run, model, images, scratch, grid, history):
     """Every figure of the lesson into its run: the checks, the grid's trade-offs, and what `model` has learned."""
     run.figure("gradient_check", checks.draw(scratch["tables"]["gradient check"]))
     curves = {dtype: tuple(map(np.asarray, pair)) for dtype, pair in scratch["curves"].items()}
     run.figure("keras_twin", numpy_twin.draw(curves))
-    costs = {"flops": "FLOPs", "ms": "latency of one picture, ms", "ms_of_32": "latency of 32 pictures, ms"}
-    for cost, label in costs.items():
-        points = {row["arm"]: (row[cost], row["val_accuracy"]) for row in grid}
-        run.figure(f"pareto_{cost}", plots.pareto(points, xlabel=label, ylabel="validation accuracy, %"))
+    for cost, (label, unit, scale) in COSTS.items():
+        points = {row["arm"]: (row[cost] / unit, row["val_accuracy"]) for row in grid}
+        run.figure(f"pareto_{cost}", trade_off(points, label, scale))
     panels = {"cross-entropy": {"training": history["loss"], "validation": history["val_loss"]},
               "accuracy": {"training": history["accuracy"], "validation": history["val_accuracy"]}}  # fmt: skip
     run.figure("learning_curves", plots.panels(panels))
