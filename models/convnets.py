@@ -14,7 +14,7 @@ def convolution(x, width, size=3, strides=1):
 def small_resnet(shape, classes, width, mean, variance, dropout=0.3):
     """A residual network (He et al. 2016, section 3.2) of two blocks: pixels 0..255 [B,H,W,C] -> logits [B,classes].
 
-    `shape`: (H, W, C), sides of 16 and more; from 41 pixels the first convolution takes a stride of 2.  `mean`,
+    `shape`: (H, W, C), sides of 8 and more; from 41 pixels the first convolution takes a stride of 2.  `mean`,
     `variance`: a number a channel, of the training pixels: normalisation is the first layer, so that whoever has the
     model has its preprocessing.  Logits are float32 under every precision policy.
     """

@@ -19,6 +19,9 @@ class Momentum(keras.optimizers.SGD):
         super().__init__(1.0, momentum=0.9, **options)
         self.steps = steps
 
+    def get_config(self):
+        return {"steps": self.steps, "name": self.name}
+
     def build(self, variables):
         super().build(variables)
         self.rates = self.add_variable((self.steps,), name="rates", initializer="zeros")
@@ -135,30 +138,32 @@ def bounds(rates, losses):
 def summarise(found):
     """Schedule -> its runs  ->  a row a schedule, and the headline metrics.
 
-    The target that epochs are counted to is the mean validation accuracy with which the constant rate ends.
+    The target that epochs are counted to is the mean validation accuracy with which the constant rate ends.  The best
+    schedule is the one with the best validation accuracy; its test accuracy is what is reported.
     """
     target, rows = float(np.mean([run["validation"][-1] for run in found["constant"]])), []
     for name, runs in found.items():
         tests, counts = [run["test"] for run in runs], [epochs_to(target, run["validation"]) for run in runs]
-        reached = [count for count in counts if count is not None]
-        rows.append({"schedule": name, "peak": runs[0]["peak"], "test accuracy, %": float(np.mean(tests)),
-                     "deviation": float(np.std(tests)),
-                     "last training loss": float(np.mean([run["loss"] for run in runs])),
-                     "seeds that reached the target": len(reached),
+        reached, losses = [n for n in counts if n is not None], [r["loss"] for r in runs if r["loss"] is not None]
+        rows.append({"schedule": name, "peak": runs[0]["peak"],
+                     "validation accuracy, %": 100 * float(np.mean([run["validation"][-1] for run in runs])),
+                     "test accuracy, %": float(np.mean(tests)), "deviation": float(np.std(tests)),
+                     "last training loss": float(np.mean(losses)) if losses else None,
+                     "diverged": len(runs) - len(losses), "seeds that reached the target": len(reached),
                      "epochs to the target": float(np.mean(reached)) if reached else None})  # fmt: skip
-    accuracies = {row["schedule"]: row["test accuracy, %"] for row in rows}
-    metrics = {"best_test_accuracy": max(accuracies.values()), "constant_test_accuracy": accuracies["constant"]}
+    best = max(rows, key=lambda row: row["validation accuracy, %"])
     always = [row for row in rows if row["seeds that reached the target"] == len(found["constant"])]
     quickest = min(always, key=lambda row: row["epochs to the target"], default=None)
+    print(f"best in the end: {best['schedule']}; first where the constant rate ends: "
+          f"{quickest['schedule'] if quickest else 'none'}")  # fmt: skip
+    tests = {row["schedule"]: row["test accuracy, %"] for row in rows}
+    metrics = {"best_test_accuracy": best["test accuracy, %"], "constant_test_accuracy": tests["constant"]}
     if quickest:
         metrics["epochs_to_constants_accuracy"] = quickest["epochs to the target"]
-    print(f"best in the end: {max(accuracies, key=accuracies.get)}; first where the constant rate ends: "
-          f"{quickest['schedule'] if quickest else 'none'}")  # fmt: skip
-    ensembles = [run["ensemble"] for run in found["SGDR"]]
     return rows, metrics | {
-        "one_cycle_test_accuracy": accuracies["one-cycle"],
-        "sgdr_test_accuracy": accuracies["SGDR"],
-        "sgdr_ensemble_test_accuracy": float(np.mean(ensembles)),
+        "one_cycle_test_accuracy": tests["one-cycle"],
+        "sgdr_test_accuracy": tests["SGDR"],
+        "sgdr_ensemble_test_accuracy": float(np.mean([run["ensemble"] for run in found["SGDR"]])),
         "target_validation_accuracy": 100 * target,
     }
 

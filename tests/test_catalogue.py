@@ -349,6 +349,17 @@ def test_a_blank_unit_has_its_exercises_to_do():
         space["half"](2)
 
 
+def test_a_task_of_two_lines_is_kept_whole():
+    task = ["    # exercise: halve x,", "    # and add one"]
+    text = "\n".join(["def f(x):", *task, "    x /= 2", "    # why", "    return x + 1", "    # end exercise", ""])
+    assert catalogue.blank(text).splitlines() == [
+        "def f(x):",
+        *task,
+        '    raise NotImplementedError("exercise: halve x,")',
+        "    # end exercise",
+    ]
+
+
 @pytest.mark.parametrize("unit", [u for u in catalogue.units() if "exercises" in u.offers], ids=lambda unit: unit.name)
 def test_every_blank_unit_is_a_program(unit):
     text = catalogue.blank(unit.source)

@@ -331,6 +331,20 @@ def test_three_way_takes_the_parts_in_order_and_refuses_too_many(toy):
             data.three_way(whole, *counts)
 
 
+def test_three_way_refuses_a_set_sorted_by_class(folder):
+    x, y = np.zeros((800, 4, 4), np.uint8), np.repeat(np.arange(2), 400)
+    folder.mkdir()
+    np.savez(folder / "mnist.npz", x_train=x, y_train=y, x_test=x[::8], y_test=y[::8], labels=["a", "b"])
+    whole = data.load("mnist")
+    with pytest.raises(InputError, match="sorted by class"):
+        data.three_way(whole, 300, 50, 10)
+
+
+def test_a_misspelt_stand_in_is_found_out_at_once(toy):
+    with pytest.raises(InputError, match="no data set is called 'fashion'"):
+        data.load("mnist", stand_in="fashion")
+
+
 @pytest.mark.parametrize(("registry", "program"), [("npm", "npm"), ("Debian", "apt-get")])
 def test_a_client_that_is_missing_is_named(tmp_path, monkeypatch, registry, program):
     monkeypatch.setenv("PATH", str(tmp_path))

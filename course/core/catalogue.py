@@ -34,12 +34,13 @@ GROUPS = {  # title -> what the names of its units begin with, in the order of t
     "VSE project ideas": r"idea_",
     "NCTU homework": r"hw\d_",
 }
-SEQUENCE = (  # of the units whose names do not tell it: within a group they come first, in this order
-    "a1_knn a1_svm a1_softmax a1_two_layer_net a1_features "
-    "a2_fully_connected a2_update_rules a2_normalization a2_dropout a2_convnet a2_cross_validation "
-    "a3_rnn_captioning a3_lstm_captioning a3_network_visualization a3_style_transfer a3_gan "
-    "a4_q_learning a4_world_navigation a4_double_dqn a4_dueling_dqn a4_policy_gradient a4_model_based"
-).split()
+SEQUENCE = [  # of the units whose names do not tell it: within a group they come first, in this order
+    *("a1_knn", "a1_svm", "a1_softmax", "a1_two_layer_net", "a1_features"),
+    *("a2_fully_connected", "a2_update_rules", "a2_normalization", "a2_dropout", "a2_convnet", "a2_cross_validation"),
+    *("a3_rnn_captioning", "a3_lstm_captioning", "a3_network_visualization", "a3_style_transfer", "a3_gan"),
+    *("a4_q_learning", "a4_world_navigation", "a4_double_dqn", "a4_dueling_dqn"),
+    *("a4_policy_gradient", "a4_model_based"),
+]
 FIELDS = ("Paper", "Task", "Shapes", "Reference", "Run", "Departs")
 HEADLINE = 3  # metrics shown in a table: the first ones of record["metrics"], in the order the unit gave them
 
@@ -155,7 +156,10 @@ def blank(source):
         task = textwrap.shorten(region["task"], 70, placeholder=" ...").replace("\\", "\\\\").replace('"', "'")
         return f'{region["mark"]}{region["indent"]}raise NotImplementedError("exercise: {task}")\n{region["end"]}'
 
-    region = r"(?P<mark>^(?P<indent> *)# exercise: (?P<task>.+)\n)(?:.*\n)*?(?P<end> *# end exercise$)"
+    region = (  # a task may go on in comments below its first line
+        r"(?P<mark>^(?P<indent> *)# exercise: (?P<task>.+)\n(?:(?P=indent)# (?!end exercise).*\n)*)"
+        r"(?:.*\n)*?(?P<end> *# end exercise$)"
+    )
     return re.sub(region, empty, source, flags=re.MULTILINE)
 
 

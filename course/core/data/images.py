@@ -206,6 +206,8 @@ def load(name, *, source="auto", limit=None, seed=0, stand_in=None):
     Raises `InputError`: unknown name or source, limit below 1, no source that works, or data that does not fit.
     """
     found = entry(name)
+    if stand_in:
+        entry(stand_in)  # a wrong name is found out where it is not needed, too
     if source not in {"auto", *SOURCES}:
         raise InputError(f"no source is called {source!r}: choose one of auto, {', '.join(SOURCES)}")
     if limit is not None and limit < 1:
@@ -558,8 +560,8 @@ def three_way(images, train, validation, test):
     """`Splits` of an `ImageSet`: its first `train` training images, the next `validation` and its
     first `test` test images.
 
-    For settings chosen on the validation part, and one look at the test part.  Raises `InputError` where the set is
-    smaller than that.
+    For settings chosen on the validation part, and one look at the test part.  The set must be in mixed order.  Raises
+    `InputError` where it is smaller than that, or sorted by class.
     """
     if train + validation > len(images.x_train) or test > len(images.x_test):
         raise InputError(
@@ -567,5 +569,10 @@ def three_way(images, train, validation, test):
             f"{len(images.x_train):,} and {len(images.x_test):,}: ask for fewer"
         )
     held = slice(train, train + validation)
+    for part in (images.y_train[:train], images.y_train[held], images.y_test[:test]):
+        if len(part) >= 20 * len(images.labels) and len(np.unique(part)) < len(images.labels):
+            raise InputError(
+                f"{images.provenance['name']} is sorted by class: shuffle the copy, so that a part has all"
+            )
     return Splits(images.x_train[:train], images.y_train[:train], images.x_train[held], images.y_train[held],
                   images.x_test[:test], images.y_test[:test])  # fmt: skip
