@@ -236,8 +236,7 @@ def check_toy(rng):
 # %% [markdown]
 # ## Debugging
 # The network as handed out ends near 29 %. What do its curves say? For long nothing happens; then the loss falls, and
-# still falls at the end; training and validation accuracy are the same. So it does not overfit: it has hardly begun.
-# Two numbers tell why:
+# still falls at the end; training and validation accuracy are the same: it has hardly begun. Two numbers tell why:
 #
 # - *idle steps*, until the loss is 0.1 below its first value. By eq. 5 the gradient of each layer has the other as a
 #   factor, so that from next to zero both grow by so many per cent a step: ten times the rate, a tenth of the wait.
@@ -245,7 +244,8 @@ def check_toy(rng):
 #   directions, those in which the classes' averages differ: fifty units, a few pictures.
 #
 # The mends, one on top of the other: ten times the rate; pixels of unit variance, and weights as He et al. draw them,
-# so that signals keep their size from the start (and a rate to match); then room, ten times as many units.
+# so that signals keep their size from the start (with a rate and a $\lambda$ to match: for inputs 64 times less $W_1$
+# must be 64 times larger); then room, ten times as many units.
 
 
 # %%
@@ -253,7 +253,7 @@ def ladder(cfg):
     """The recipes of the debugging, by name, each changing the one before."""
     default = Recipe(epochs=cfg.debug_epochs)
     faster = dataclasses.replace(default, lr=10 * default.lr)
-    scaled = dataclasses.replace(faster, scale=None, unit=1.0, lr=0.1, reg=1e-3)
+    scaled = dataclasses.replace(faster, scale=None, unit=1.0, lr=0.1, reg=1e-4)
     wider = dataclasses.replace(scaled, hidden=500)
     return {"default": default, "rate x 10": faster, "scaled pixels, He weights": scaled, "500 units": wider}
 
@@ -270,9 +270,9 @@ def symptoms(params, history):
 
 # %% [markdown]
 # ## Search
-# Learning rate and regularisation act by factors, so they are drawn log-uniformly; drawn, not laid on a grid, since
-# twelve draws try twelve values of the setting that matters, a grid of twelve only three or four. The best rate and
-# strength go to the last network, which adds what four epochs would not show: width, dropout, mirroring and patience.
+# Learning rate and regularisation act by factors, so they are drawn log-uniformly; drawn, since twelve draws try twelve
+# values of what matters, a grid of twelve three or four. The last network takes the best and adds what a short trial
+# would not show: width, dropout, mirroring and patience. Its templates are drawn less the noise that they began with.
 
 
 # %%
@@ -284,12 +284,12 @@ def draw_recipes(cfg):
             for _ in range(cfg.trials)]  # fmt: skip
 
 
-def plot_weights(net, shape, title):
-    """The templates of the 40 hidden units with the largest weights; grey is 0."""
-    strongest = np.argsort(-np.linalg.norm(net.params["W1"], axis=0))[:40]
-    pictures = net.params["W1"].T[strongest].reshape(-1, *shape)
+def plot_weights(weights, shape, title):
+    """The templates of the 40 hidden units with the largest weights [D, H]; grey is 0."""
+    strongest = np.argsort(-np.linalg.norm(weights, axis=0))[:40]
+    pictures = weights.T[strongest].reshape(-1, *shape)
     scaled = 0.5 + pictures / np.abs(pictures).max(axis=(1, 2, 3), keepdims=True) / 2
-    return core.plots.image_grid(scaled, columns=10, title=f"first-layer weights: {title} network")
+    return core.plots.image_grid(scaled, columns=10, title=f"{title} network: first-layer weights less their start")
 
 
 # %%
@@ -321,15 +321,15 @@ def main(argv=None):
         recipe = Recipe(cfg.hidden, None, 1.0, lr=found["lr"], decay=0.05 ** (1 / cfg.epochs), reg=found["reg"],
                         epochs=cfg.epochs, momentum=0.9, keep=cfg.keep, flip=True)  # fmt: skip
         best = arms({"best": recipe})["best"]
-
         keys = "hidden", "lr", "reg", "train", "validation", "last loss", "idle steps", "likeness"
-        tables = {"debugging": rungs, "search": trials, "best": {"best": best}}
+        tables = {"debugging": rungs | {"best": best}, "search": trials}
         run.record |= {"data": data.provenance, "history": {key: best[key] for key in ("loss", "validation_accuracy")}}
         run.record["tables"] = {table: [{"network": name} | {key: row[key] for key in keys}
                                         for name, row in rows.items()] for table, rows in tables.items()}  # fmt: skip
-        for name in "default", "best":
+        for name, how in ("default", rungs["default"]), ("best", best):
             net = nets.load(run.folder / f"{name}.npz")
-            run.figure(f"weights_{name}", plot_weights(net, mean.shape, name))
+            start = create(np.random.default_rng(cfg.seed), mean.size, how["hidden"], classes, how["scale"])
+            run.figure(f"weights_{name}", plot_weights(net.params["W1"] - start["W1"], mean.shape, name))
         run.record["metrics"] = {
             "test_accuracy": accuracy(net.params, x_test, images.y_test),
             "validation_accuracy": best["validation"], "search_accuracy": found["validation"],

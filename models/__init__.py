@@ -1,4 +1,4 @@
-"""Architectures and algorithms that more than one unit, or serving and compression, use."""
+"""Architectures and algorithms, and what single units need around their lesson."""
 
 from course.core import runtime
 

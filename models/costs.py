@@ -28,7 +28,8 @@ def flops(model, shapes=None):
     """FLOPs of `model` (or layer) for one example: 2 x the multiply-adds of its convolutions and matrix products.
 
     shapes: of the inputs, without the batch, where the model was not made from `keras.Input`: (32, 32, 3), or a list
-    of such.  Raises `InputError` for an open size, or a loop, whose turns cannot be counted.
+    of such.  Raises `InputError` for an open size, a loop, whose turns cannot be counted, or a conditional, of whose
+    branches only one runs.
     """
     if shapes is None:
         if not getattr(model, "inputs", None):
@@ -68,6 +69,8 @@ def _of_graph(graph):
             total += _of_graph(graph._get_function(op.get_attr("f").name).graph)
         elif "While" in op.type:
             raise InputError(f"{op.name} is a loop, whose turns cannot be counted: build its layer with unroll=True")
+        elif op.type in ("If", "StatelessIf", "Case", "StatelessCase"):
+            raise InputError(f"{op.name} is a conditional, of whose branches only one runs: count each without it")
         else:
             total += _of_operation(op)
     return total
@@ -280,10 +283,10 @@ def receptive_field(model, layer=None):
     """`Field` of the units of `layer` (a name; default: the last that has a spatial map) of a convolutional model.
 
     A window of k units with dilation d spans (k - 1) d + 1 of them, which lie `stride` pixels apart; branches that
-    meet see together what each of them sees.  Raises `InputError` for a layer that has no map, or whose reach is not
-    known here.
+    meet see together what each of them sees.  Raises `InputError` for a layer that has no map, that reads what has none
+    (channel weights of a squeeze-and-excite block), or whose reach is not known here.
     """
-    fields, answer, names = {}, None, []
+    fields, answer, names = {}, None, []  # answer: of the last layer with a map, its name and its field
     for call in _calls(model)[0]:
         names.append(call.layer.name)
         spatial = len(call.tensors[0].shape) - 2
@@ -297,10 +300,13 @@ def receptive_field(model, layer=None):
             if found is None:
                 raise InputError(f"layer {layer} has no spatial map, or sees the whole picture: name an earlier one")
             return found
-        answer = found or answer
+        answer = (call.layer.name, found) if spatial > 0 else answer
     if layer is not None or answer is None:
         raise InputError(f"the model has no layer {layer!r} with a spatial map: its layers are {', '.join(names)}")
-    return answer
+    last, found = answer
+    if found is None:
+        raise InputError(f"layer {last}, the last with a spatial map, depends on what has none: name an earlier one")
+    return found
 
 
 def _reach(call, inputs):

@@ -71,6 +71,28 @@ def test_flops_of_a_subclassed_model_by_its_shapes():
         costs.count(model)
 
 
+@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize("kind", ["If", "Case"])
+def test_conditionals_are_refused(kind, stateful):
+    import tensorflow as tf
+
+    class Chooses(layers.Layer):
+        def call(self, x):
+            def product():
+                if stateful:  # printing is an effect: the branch may not be left out
+                    tf.raw_ops.PrintV2(input="", output_stream="log(info)")
+                return x @ tf.ones((3, 3))
+
+            if kind == "If":
+                return tf.cond(tf.reduce_sum(x) > 0, product, lambda: x)
+            return tf.switch_case(tf.cast(tf.reduce_sum(x), tf.int32), [product, lambda: x, lambda: -x])
+
+    graph = tf.function(Chooses()).get_concrete_function(tf.TensorSpec((1, 3))).graph
+    assert (kind if stateful else f"Stateless{kind}") in {op.type for op in graph.get_operations()}
+    with pytest.raises(core.InputError, match="is a conditional"):
+        costs.flops(Chooses(), (3,))
+
+
 def test_what_cannot_be_counted_is_said():
     with pytest.raises(core.InputError, match="unroll=True"):
         costs.flops(functional((7, 3), layers.LSTM(5)))
@@ -224,6 +246,19 @@ def test_receptive_field_of_a_named_layer_and_of_what_has_none():
         costs.receptive_field(model, "three")
     with pytest.raises(core.InputError, match="UpSampling2D"):
         costs.receptive_field(functional((8, 8, 1), layers.UpSampling2D()))
+
+
+def test_receptive_field_behind_a_squeeze_and_excite_block_is_refused():
+    image = keras.Input((16, 16, 3))
+    x = layers.Conv2D(4, 3, name="one")(image)
+    weights = layers.Reshape((1, 1, 4))(layers.Dense(4)(layers.GlobalAveragePooling2D()(x)))
+    x = layers.Conv2D(4, 3, name="two")(layers.Multiply(name="weighted")([x, weights]))
+    model = keras.Model(image, layers.Dense(2)(layers.Flatten()(x)))
+    with pytest.raises(core.InputError, match="layer two, the last with a spatial map"):
+        costs.receptive_field(model)
+    with pytest.raises(core.InputError, match="layer two has no spatial map, or sees the whole picture"):
+        costs.receptive_field(model, "two")
+    assert costs.receptive_field(model, "one").size == (3, 3)
 
 
 # --- latency and equal costs -----------------------------------------------------------------------------------------

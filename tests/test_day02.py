@@ -272,5 +272,7 @@ def test_smoke_preset_end_to_end(tmp_path):
     assert metrics["closed_form_difference"] < 1e-12 and metrics["loss_gradients_worst"] < 1e-7
     assert metrics["decay_error_adamw"] < 0.005 < metrics["decay_error_adam_l2"]
     assert [row["rule"] for row in tables["rules on fashion_mnist_12k"]] == list(day02.RULES)
+    assert [row["penalty"] for row in tables["penalties"]] == list(day02.PENALTIES)
+    assert tables["penalties"][0]["at_edge"] == 0 and {row["at_edge"] for row in tables["penalties"]} <= {0, 1}
     assert len(tables["losses"]) == len(day02.LOSSES) * 2
     assert all(row["accuracy"] > 20 and 0 <= row["ece"] <= 100 for row in tables["losses"])

@@ -252,6 +252,8 @@ def test_the_pool(clothes):
         pool.rows(101, 100, np.random.default_rng(0))
     with pytest.raises(core.InputError, match="784"):
         sets.pool(data, inputs=785, noise=0.2, tests=10, seed=0)
+    with pytest.raises(core.InputError, match=r"20,000 test images are asked of .*smaller --tests"):
+        sets.pool(data, inputs=5, noise=0.2, tests=20_000, seed=0)
 
 
 def test_measures_of_uncertainty_by_hand():

@@ -207,6 +207,13 @@ def test_an_unknown_arm_is_refused(tmp_path):
         day04_cnn.main(["--preset", "smoke", "--arms", "9x9", "--runs", str(tmp_path)])
 
 
+@pytest.mark.parametrize(("flags", "images"), [(["--batch", "2000"], 320), (["--train", "50"], 50)])
+def test_a_batch_larger_than_the_training_images_is_refused(tmp_path, flags, images):
+    with pytest.raises(core.InputError, match=f"--batch .*: only {images} training images: give a smaller one"):
+        day04_cnn.main(["--preset", "smoke", "--runs", str(tmp_path), *flags])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.smoke
 def test_smoke_preset_end_to_end(tmp_path):
     record = day04_cnn.main(["--preset", "smoke", "--seed", "5", "--runs", str(tmp_path)])
@@ -216,12 +223,14 @@ def test_smoke_preset_end_to_end(tmp_path):
                "filters", "feature_maps"}  # fmt: skip
     assert {path.stem for path in (folder / "figures").iterdir()} == figures
     metrics = record["metrics"]
+    assert list(metrics)[:3] == ["test_accuracy", "val_accuracy", "gradient_check_worst"]
     assert metrics["gradient_check_worst"] < 1e-7 and metrics["gradients_checked"] > 5_000
     assert metrics["conv2d_difference"] < 1e-12 and metrics["twin_gradient_difference"] < 1e-14
     assert metrics["twin_loss_difference_float64"] < 1e-12 and metrics["twin_loss_difference_float32"] < 1e-5
     assert metrics["numpy_loss_last"] < metrics["numpy_loss_first"]
     assert [row["arm"] for row in record["tables"]["grid"]] == ["3x3", "7x7"]
     small_kernel, large_kernel = record["tables"]["grid"]
+    assert "last_epoch_train_accuracy" in small_kernel
     assert large_kernel["width"] < small_kernel["width"] and large_kernel["sees"] > small_kernel["sees"]
     assert sum(row["flops"] for row in record["tables"]["layers"]) == metrics["best_flops"]
     assert 0 <= metrics["test_accuracy"] <= 100

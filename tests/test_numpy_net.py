@@ -204,6 +204,28 @@ def test_sampling_checks_as_many_as_asked_and_restores_the_array(rng):
     np.testing.assert_array_equal(x, before)
 
 
+def test_the_largest_difference_of_lists_and_of_dicts():
+    from models.numpy_net import twin
+
+    ours, theirs = [np.array([1.0, 2.0]), np.zeros((2, 1))], [np.array([1.0, 2.5]), np.array([[0.0], [-3.0]])]
+    assert twin.largest_difference(ours, theirs) == 3
+    assert twin.largest_difference({"b": ours[0]}, {"w": theirs[1], "b": theirs[0]}) == 0.5
+    with pytest.raises(ValueError, match=r"\(2, 1\) stands beside one of \(2,\)"):
+        twin.largest_difference({"w": ours[1]}, {"w": theirs[0]})  # which would broadcast
+    with pytest.raises(ValueError, match="shorter"):
+        twin.largest_difference(ours, theirs[:1])
+
+
+@pytest.mark.parametrize("worst", [1e-9, 0.5])
+def test_the_figure_shows_a_failed_check_too(worst):
+    figure = checks.draw([{"of": "affine", "relative": 1e-10}, {"of": "affine", "relative": worst}])
+    (axes,) = figure.axes
+    left, right = axes.get_xlim()
+    drawn = axes.collections[0].get_offsets()[:, 0]
+    assert left < drawn.min() and max(drawn.max(), checks.BOUND) < right
+    assert drawn.tolist() == [worst]
+
+
 def test_relative_error_has_a_floor():
     assert gradcheck.relative_error(np.array(1e-12), np.array(-1e-12)) == pytest.approx(2e-9)  # rounding, not 100 %
     assert gradcheck.relative_error(np.array(1.0), np.array(1.1)) == pytest.approx(0.1 / 2.1)

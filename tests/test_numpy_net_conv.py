@@ -128,6 +128,8 @@ def test_shapes_that_do_not_fit_are_refused(rng, forward, backward):
         forward(x, w, b)
     with pytest.raises(ValueError, match=r"covers \(7, 7\).*\(5, 5\).*pad more"):
         forward(x[..., :2], w, b, dilation=3)
+    with pytest.raises(ValueError, match=r"\(0, 5, 5, 2\).*empty batch"):
+        forward(x[:0, ..., :2], w, b)
 
 
 # --- pooling --------------------------------------------------------------------------------------------------------
@@ -181,6 +183,22 @@ def test_fast_pooling_equals_naive_and_keras(rng, size, stride):
         np.testing.assert_allclose(values, theirs, rtol=0, atol=1e-12)
         slope = tape.gradient(theirs, there, output_gradients=tf.constant(d_out))
         np.testing.assert_allclose(dx, slope, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_pooling_of_tiles_equals_keras(rng, size):
+    import keras
+    import tensorflow as tf
+
+    x = rng.permutation(2 * 6 * 12 * 3).reshape(2, 6, 12, 3) / 10  # no two are equal: the winner is the same
+    out, cache = conv.max_pool_reshape_forward(x, size)
+    d_out, there = rng.standard_normal(out.shape), tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(there)
+        theirs = keras.layers.MaxPooling2D(size, dtype="float64")(there)
+    np.testing.assert_allclose(out, theirs, rtol=0, atol=1e-12)
+    slope = tape.gradient(theirs, there, output_gradients=tf.constant(d_out))
+    np.testing.assert_allclose(conv.max_pool_reshape_backward(d_out, cache), slope, rtol=0, atol=1e-12)
 
 
 def test_the_derivative_of_the_output_is_left_as_it_is(rng):

@@ -88,6 +88,18 @@ def test_the_search_visits_the_grid_and_the_best_is_the_first_of_equals():
     assert (linear.best(rows)["lr"], linear.best(rows)["reg"]) == (2, 3)
 
 
+def test_two_searches_of_one_run_keep_their_answers_apart():
+    kept = {}
+
+    def once(name, function):
+        return kept.setdefault(name, function())
+
+    for stage, found in ("coarse", 1.0), ("fine", 2.0):
+        (row,) = linear.search(once, lambda lr, reg, found=found: {"validation": found}, (0.1,), (3,), stage=stage)
+        assert row == {"lr": 0.1, "reg": 3, "validation": found}
+    assert list(kept) == ["coarse-lr-0.1-reg-3", "fine-lr-0.1-reg-3"]
+
+
 def test_fit_measures_what_it_trained_and_trains_as_told(rng):
     x, y = rng.standard_normal((40, 5)).astype(np.float32), rng.integers(0, 3, 40)
     learn, held = (x[:30], y[:30]), (x[30:], y[30:])

@@ -73,6 +73,33 @@ def test_against_keras_and_its_tape(rng, name):
     np.testing.assert_allclose(slope, tape.gradient(theirs, scores), rtol=1e-6, atol=1e-8)
 
 
+def test_binary_cross_entropy_against_the_tape(rng):
+    import tensorflow as tf
+
+    targets, scores = rng.uniform(size=(12, 6)), tf.constant(3 * rng.standard_normal((12, 6)))
+    with tf.GradientTape() as tape:
+        tape.watch(scores)
+        theirs = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(targets, scores))
+    value, slope = losses.bce_with_logits(scores.numpy(), targets)
+    assert value == pytest.approx(float(theirs), abs=1e-12)
+    np.testing.assert_allclose(slope, tape.gradient(theirs, scores), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("margin", [1.0, 2.5])
+def test_svm_against_the_tape(rng, margin):
+    import tensorflow as tf
+
+    labels, scores = rng.integers(0, 6, 12), tf.constant(2 * rng.standard_normal((12, 6)))
+    truth = tf.one_hot(labels, 6, dtype=tf.float64)
+    with tf.GradientTape() as tape:
+        tape.watch(scores)
+        true = tf.reduce_sum(truth * scores, axis=1, keepdims=True)
+        theirs = tf.reduce_sum(tf.nn.relu(scores - true + margin) * (1 - truth)) / 12
+    value, slope = losses.svm(scores.numpy(), labels, margin)
+    assert value == pytest.approx(float(theirs), abs=1e-12)
+    np.testing.assert_allclose(slope, tape.gradient(theirs, scores), rtol=0, atol=1e-12)
+
+
 def test_focal_with_gamma_0_and_no_smoothing_are_cross_entropy(rng):
     scores, labels = 3 * rng.standard_normal((30, 5)), rng.integers(0, 5, 30)
     value, slope = losses.softmax_cross_entropy(scores, labels)

@@ -127,6 +127,27 @@ def test_keras_keeps_the_same_running_statistics_and_tests_with_them(rng):
     np.testing.assert_allclose(out, layer(x, training=False), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("axes", [2, 4])
+def test_batch_norm_backward_in_testing_is_kerass(rng, axes):
+    import tensorflow as tf
+
+    x = rng.normal(2, 3, (5, 6) if axes == 2 else (5, 4, 3, 6))
+    gamma, beta, d_out = rng.standard_normal(6), rng.standard_normal(6), rng.standard_normal(x.shape)
+    running = {"mean": rng.standard_normal(6), "var": rng.uniform(0.5, 2, 6)}
+    layer, there = keras_layer("batch", gamma, beta, x.shape), tf.constant(x)
+    layer.moving_mean.assign(running["mean"])
+    layer.moving_variance.assign(running["var"])
+    with tf.GradientTape() as tape:
+        tape.watch(there)
+        theirs = layer(there, training=False)
+    kind = "batch_norm" if axes == 2 else "spatial_batch_norm"
+    out, cache = getattr(norm, f"{kind}_forward")(x, gamma, beta, running, train=False)
+    np.testing.assert_allclose(out, theirs, rtol=0, atol=1e-12)
+    gradients = tape.gradient(theirs, [there, layer.gamma, layer.beta], output_gradients=tf.constant(d_out))
+    for mine, their in zip(getattr(norm, f"{kind}_backward")(d_out, cache), gradients, strict=True):
+        np.testing.assert_allclose(mine, their, rtol=0, atol=1e-12)
+
+
 def test_dtype_is_kept(rng):
     x, one, zero = rng.standard_normal((3, 4, 4, 6)).astype(np.float32), np.ones(6, "f4"), np.zeros(6, "f4")
     running = norm.running_statistics(6)
@@ -154,6 +175,20 @@ def test_dropout_keeps_the_expectation_and_the_share(rng, keep):
     assert out.mean() == pytest.approx(10, rel=0.02)
     np.testing.assert_allclose(out[out != 0], (x / keep)[out != 0], rtol=1e-15)
     np.testing.assert_array_equal(dropout.dropout_backward(np.ones_like(x), mask), (out != 0) / keep)
+
+
+def test_dropout_backward_is_the_tapes(rng):
+    import tensorflow as tf
+
+    x, d_out, keep = rng.standard_normal((30, 20)), rng.standard_normal((30, 20)), 0.6
+    out, mask = dropout.dropout_forward(x, keep, rng, train=True)
+    there = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(there)
+        theirs = tf.where(out != 0, there / keep, 0)  # tf.nn.dropout's definition, with the units that ours has kept
+    np.testing.assert_allclose(out, theirs, rtol=0, atol=1e-12)
+    slope = tape.gradient(theirs, there, output_gradients=tf.constant(d_out))
+    np.testing.assert_allclose(dropout.dropout_backward(d_out, mask), slope, rtol=0, atol=1e-12)
 
 
 def test_testing_leaves_everything_as_it_is(rng):

@@ -13,6 +13,7 @@ from keras import layers
 
 from models.cnn import twin
 from models.numpy_net import checks, conv, gradcheck, initialisers, losses, optim
+from models.numpy_net.twin import largest_difference
 
 
 def create(rng, shape, classes, filters=16, dtype=np.float32):
@@ -89,7 +90,7 @@ def compare(stack, params, x, y, *, batch, lr):
         model, x = keras_model(x.shape[1:], classes, filters, dtype), x.astype(dtype)
         theirs, slopes = twin.follow(model, copy.values(), x, y, batch=batch, lr=lr)
         first = gradients(stack, copy, x[:batch], y[:batch])[1]
-        differences[dtype] = twin.largest([first[name] for name in copy], slopes)
+        differences[dtype] = largest_difference([first[name] for name in copy], slopes)
         for i in range(0, len(x), batch):
             value, found = gradients(stack, copy, x[i : i + batch], y[i : i + batch])
             optim.sgd(copy, found, lr)
@@ -98,9 +99,9 @@ def compare(stack, params, x, y, *, batch, lr):
     return curves, differences["float64"]
 
 
-def train(stack, params, x, y, *, lr, batch, state=None):
+def train(stack, params, x, y, *, lr, batch):
     """One pass of SGD with momentum, in place; prints as it goes, returns the loss of each step."""
-    state, curve = {} if state is None else state, []
+    state, curve = {}, []
     for i in range(0, len(x) - batch + 1, batch):
         value, found = gradients(stack, params, x[i : i + batch], y[i : i + batch])
         optim.momentum(params, found, state, lr)
@@ -139,7 +140,7 @@ def examine(stack, sides, convolutions, pools, layer, parts, classes, *, images,
         "tables": {
             "gradient check": gradient_rows,
             "differences to Conv2D": same,
-            "a convolution, there and back": twin.timings(known, rng),
+            "a convolution, forward and backward": twin.timings(known, rng),
         },
         "curves": curves,
         "losses": curve,

@@ -29,6 +29,8 @@ def _padded(x, w, stride, pad, dilation):
     """x with zeros around each picture, and the number of them before its first (row, column)."""
     if x.ndim != 4 or w.ndim != 4 or x.shape[3] != w.shape[2]:
         raise ValueError(f"pictures {x.shape} and kernels {w.shape} do not fit: need [N, H, W, C] and [kh, kw, C, F]")
+    if not len(x):
+        raise ValueError(f"pictures {x.shape}: an empty batch cannot be convolved, give one picture at least")
     sizes, spans = x.shape[1:3], _span(w.shape[:2], dilation)
     if pad == "same":
         total = [max((math.ceil(n / stride) - 1) * stride + span - n, 0) for n, span in zip(sizes, spans, strict=True)]

@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from course.core import plots
-from models.numpy_net import checks, conv, gradcheck, initialisers, norm, optim
+from models.numpy_net import checks, conv, gradcheck, initialisers, norm, optim, twin
 from models.numpy_net.solver import Solver
 
 
@@ -92,10 +92,6 @@ def _answers(pair, arrays, d_out, **options):
     return (out, *slopes) if isinstance(slopes, tuple) else (out, slopes)
 
 
-def _largest(ours, theirs):
-    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
-
-
 def differences(naive, norms, rng):
     """A row a comparison: the largest difference of outputs and gradients from the library's, in float64.
 
@@ -106,17 +102,18 @@ def differences(naive, norms, rng):
     x, w, b = (rng.standard_normal(shape) for shape in ((3, 8, 8, 4), (3, 3, 4, 6), 6))
     for name, pair in LIBRARY["convolution"].items():
         settings = [{"stride": stride, "pad": pad} for stride, pad in ((1, 0), (1, 1), (2, 1))]
-        worst = max(_largest(*(_answers(p, (x, w, b), d, **o) for p in (naive["convolution"], pair))) for o in settings)
+        worst = max(twin.largest_difference(*(_answers(p, (x, w, b), d, **o) for p in (naive["convolution"], pair)))
+                    for o in settings)  # fmt: skip
         rows.append({"of": "naive convolution", "beside": f"numpy_net, {name}", "difference": worst})
     for name, pair in LIBRARY["pooling"].items():
-        worst = _largest(*(_answers(p, (x, 2), d) for p in (naive["pooling"], pair)))
+        worst = twin.largest_difference(*(_answers(p, (x, 2), d) for p in (naive["pooling"], pair)))
         rows.append({"of": "naive pooling", "beside": f"numpy_net, {name}", "difference": worst})
     arrays, library = (x, rng.standard_normal(4), rng.standard_normal(4)), {
         "batch": (functools.partial(norm.spatial_batch_norm_forward, train=True), norm.spatial_batch_norm_backward),
         "group": (functools.partial(norm.spatial_group_norm_forward, groups=2), norm.spatial_group_norm_backward),
     }  # fmt: skip
     for name, pair in norms.items():
-        worst = _largest(*(_answers(p, arrays, d) for p in (pair, library[name])))
+        worst = twin.largest_difference(*(_answers(p, arrays, d) for p in (pair, library[name])))
         rows.append({"of": f"spatial {name} norm", "beside": "numpy_net", "difference": worst})
     return rows
 
@@ -216,11 +213,12 @@ def in_keras(loss, scores, net, barebones, sequential, x, y):
     model = sequential(x.shape[1:], *(net.params[name].size for name in ("b1", "b2", "b3")))
     model.set_weights(list(net.params.values()))
     return [
-        {"of": "scores", "beside": "Keras, barebones", "difference": _largest([scores(exact, x64)], [answers.numpy()])},
+        {"of": "scores", "beside": "Keras, barebones",
+         "difference": twin.largest_difference([scores(exact, x64)], [answers.numpy()])},
         {"of": "gradients", "beside": "tf.GradientTape",
-         "difference": _largest(ours.values(), [slopes[name].numpy() for name in ours])},
+         "difference": twin.largest_difference(ours.values(), [slopes[name].numpy() for name in ours])},
         {"of": "scores, float32", "beside": "Keras, Sequential",
-         "difference": _largest([scores(net, x)], [model.predict(x, verbose=0)])},
+         "difference": twin.largest_difference([scores(net, x)], [model.predict(x, verbose=0)])},
     ]  # fmt: skip
 
 

@@ -82,14 +82,15 @@ def fit(loss, learn, held_out, classes, *, lr, reg, steps, batch, seed, train=tr
     return found, w, history
 
 
-def search(once, point, learning_rates, regularisations):
+def search(once, point, learning_rates, regularisations, stage=""):
     """point(lr, reg) -> {"train": per cent, "validation": per cent} at each point of the grid -> rows of a table.
 
     once(name, function) -> function()'s answer, or the one that an interrupted run left: a run's `once`.
+    stage: stands before each point's name; a run that searches several times gives each time another.
     """
-    rows = []
+    rows, before = [], f"{stage}-" if stage else ""
     for lr, reg in itertools.product(learning_rates, regularisations):
-        answer = once(f"lr-{lr:g}-reg-{reg:g}", lambda lr=lr, reg=reg: point(lr, reg))
+        answer = once(f"{before}lr-{lr:g}-reg-{reg:g}", lambda lr=lr, reg=reg: point(lr, reg))
         rows.append({"lr": lr, "reg": reg} | answer)
     return rows
 

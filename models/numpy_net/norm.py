@@ -2,7 +2,7 @@
 
 The methods differ only in which numbers share a mean and a variance: a feature's in all examples (batch), an example's
 in all features (layer) or in a group of them (group).  Pictures are [N, H, W, C]; their features are the channels, and
-positions count as further examples (batch) or as further features (group).
+positions count as further examples (batch and, as in Keras, layer) or as further features (group).
 
 With x_hat = (x - mean) / sqrt(var + eps) over the m numbers of one set, the derivatives through mean and var cancel to
 

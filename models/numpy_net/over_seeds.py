@@ -15,7 +15,7 @@ def gather(rows, by, what):
 
 
 def table(rows, by):
-    """A row a setting: mean and standard deviation over the seeds (`name`, `name_std`) of every column of numbers."""
+    """A row a setting: mean and population standard deviation over the seeds (`name`, `name_std`) of each number."""
     columns = [name for name, value in rows[0].items() if name != by and isinstance(value, int | float)]
     found = {name: gather(rows, by, name) for name in columns}
     return [{by: setting} | {column: float(value) for name in columns for column, value in

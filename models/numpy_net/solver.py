@@ -23,7 +23,7 @@ class History:
 
     @property
     def best_val_accuracy(self):
-        """Validation accuracy of the parameters that were kept."""
+        """The best epoch's validation accuracy: that of the parameters kept, unless `keep_best` was False."""
         return self.val_accuracy[self.best_epoch]
 
 

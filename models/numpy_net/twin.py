@@ -89,8 +89,17 @@ def losses(net, x, y, *, batch, lr):
 
 
 def largest_difference(ours, theirs):
-    """Largest absolute difference between two gradients (or parameters) given as name -> array."""
-    return max(float(np.abs(theirs[name] - array).max()) for name, array in ours.items())
+    """Largest absolute difference between two lists of arrays, or two dicts name -> array (of the names in `ours`).
+
+    Raises `ValueError` where two shapes, or the lengths of the lists, differ.
+    """
+    if isinstance(ours, dict):
+        ours, theirs = ours.values(), [theirs[name] for name in ours]
+    pairs = list(zip(ours, theirs, strict=True))
+    for a, b in pairs:
+        if a.shape != b.shape:
+            raise ValueError(f"an array of shape {a.shape} stands beside one of {b.shape}")
+    return max(float(np.abs(b - a).max()) for a, b in pairs)
 
 
 def compare(step, net, x, y, *, batch, lr):

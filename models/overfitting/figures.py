@@ -8,7 +8,7 @@ TERMS = {"error": "expected error", "variance": "variance", "bias2": "bias²", "
 
 
 def band(axes, x, values, label, **style):
-    """The mean of values [S,T] over x [T], with one standard deviation to each side."""
+    """The mean of values [S,T] over x [T], with one population standard deviation to each side."""
     values = np.asarray(values, dtype=float)
     mean, spread = values.mean(axis=0), values.std(axis=0)
     (line,) = axes.plot(x, mean, marker=".", label=label, **style)

@@ -1,6 +1,7 @@
 """Day 3's record: what each experiment found -> tables and figures of the run, and metrics, which are returned.
 
-Errors are in per cent of the images; test labels are right, training and validation labels partly wrong.
+Errors are in per cent of the images; test labels are right, training and validation labels partly wrong.  `_std` is
+the population standard deviation over the seeds.
 """
 
 import numpy as np
@@ -54,7 +55,7 @@ def ladders(run, cfg, widths, depths, features):
         "peak_test_error": test[peak], "peak_training_error": lines["training"][:, peak].mean(),
         "test_error_before_peak": test[: peak + 1].min(), "test_error_after_peak": test[after],
         "widest_test_error": test[-1],
-        "peak_test_error_with_l2": tame[peak], "best_test_error_with_l2": tame.min(),
+        "peak_test_error_with_l2": tame[peak], "lowest_test_error_with_l2": tame.min(),
         "features_peak_ratio": peak_ratio(np.mean(features["test"], axis=0)),
         "features_peak_at": float(least["x"][highest(np.mean(features["test"], axis=0))]),
         **{f"{place}_{term}": rung["new sets"][term] for place, rung in (("narrowest", widths[0]), ("peak", there),
@@ -165,7 +166,7 @@ def uncertainty(run, found, data):
     run.figure("mc_dropout", figures.uncertainty(mc["entropy"].ravel(), mc["wrong"].ravel(), refused))
     entropy, chosen, wrong = (mc[key][0] for key in ("entropy", "chosen", "wrong"))
     most = np.argsort(-entropy)[:24]
-    captions = [f"{names[labels[i]]}, said {names[chosen[i]]}\n{entropy[i]:.2f} nats" for i in most]
+    captions = [f"{names[labels[i]]}\nsaid {names[chosen[i]]}\n{entropy[i]:.2f} nats" for i in most]
     title = "least certain test images"
     run.figure("most_uncertain", plots.predictions(images[most], captions, ~wrong[most], title=title))
     out = {"mc_entropy_right": float(mc["entropy"][~mc["wrong"]].mean()),

@@ -84,7 +84,8 @@ class Pool:
 def pool(data, *, inputs, noise, tests, seed):
     """The `Pool` of an `ImageSet`, with `tests` of its test images.
 
-    The components are those of the first 10,000 training images: labels play no part in them.
+    The components are those of the first 10,000 training images: labels play no part in them.  `InputError` where the
+    set has fewer numbers a picture or fewer test images than asked for.
     """
 
     def flat(images):
@@ -96,6 +97,8 @@ def pool(data, *, inputs, noise, tests, seed):
     most = int(np.prod(data.x_train.shape[1:]))
     if inputs > most:
         raise InputError(f"--inputs {inputs}: pictures of {data.provenance['name']} have {most} numbers: ask for fewer")
+    if tests > len(data.x_test):
+        raise InputError(f"{tests:,} test images are asked of {len(data.x_test):,}: give a smaller --tests")
     pca = PCA(inputs, svd_solver="randomized", random_state=seed).fit(flat(data.x_train[:10_000]))
     scale = np.sqrt(pca.explained_variance_.mean())
     noisy = corrupt(data.y_train, len(data.labels), noise, np.random.default_rng((seed, 0)))
