@@ -244,8 +244,8 @@ def check_toy(rng):
 #   directions, those in which the classes' averages differ: fifty units, a few pictures.
 #
 # The mends, one on top of the other: ten times the rate; pixels of unit variance, and weights as He et al. draw them,
-# so that signals keep their size from the start (with a rate and a $\lambda$ to match: for inputs 64 times less $W_1$
-# must be 64 times larger); then room, ten times as many units.
+# so that signals keep their size from the start (with rate and $\lambda$ to match: inputs 64 times smaller want $W_1$
+# 64 times larger); then room, ten times as many units.
 
 
 # %%
