@@ -1,6 +1,7 @@
 """Convolutional classifiers that several units train, compress or serve."""
 
 import keras
+import numpy as np
 from keras import layers
 
 
@@ -51,3 +52,20 @@ def quick_resnet(shape, classes, width, mean, variance):
         x = layers.Add()([x, convolved(x, channels)])
     x = layers.Dense(classes, use_bias=False, dtype="float32")(layers.GlobalMaxPooling2D()(x))
     return keras.Model(image, layers.Rescaling(1 / 8, dtype="float32", name="logits")(x), name="quick_resnet")
+
+
+def scores_of_six(model, images):
+    """Test-time augmentation: a model's scores [B,classes] of pictures [B,H,W,C], and the sums over six views of each.
+
+    The views are the picture and its mirror image, as they are and moved by one pixel up and left, and down and right
+    (the edge repeated).
+    """
+    total, alone = 0, None
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    for shift in (1, 0, 2):  # 1: not moved
+        moved = padded[:, shift : shift + images.shape[1], shift : shift + images.shape[2]]
+        for view in (moved, moved[:, :, ::-1]):
+            scores = model.predict(view, batch_size=500, verbose=0)
+            alone = scores if alone is None else alone
+            total = total + scores
+    return alone, total

@@ -200,3 +200,9 @@ def test_figures_can_be_drawn_of_colours_and_of_grey(rng):
         figure = convnet.draw_by_hand(pictures, functools.partial(unit.conv_naive_forward))
         assert len(figure.axes) == 4 * 3
         assert len(convnet.draw_filters(rng.standard_normal((7, 7, channels, 16))).axes) == 16
+
+
+def test_a_deep_batch_of_more_than_the_training_images_is_refused_before_the_run(tmp_path):
+    with pytest.raises(core.InputError, match="--deep-batch 1001 is more than --train 1000"):
+        unit.main(["--preset", "smoke", "--deep-batch", "1001", "--runs", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
