@@ -24,11 +24,7 @@ from models.numpy_net import knn
 
 REFERENCE = {
     "test_accuracy": (28, "%", "CS231n 2018, assignment 1, knn notebook, best k, 'above 28 %', CIFAR-10, 5,000 / 500"),
-    "test_accuracy_k1": (
-        27,
-        "%",
-        "CS231n 2018, assignment 1, knn notebook, k = 1, 'about 27 %', CIFAR-10, 5,000 / 500",
-    ),
+    "test_accuracy_k1": (27, "%", "CS231n 2018, assignment 1, knn notebook, k = 1: 'about 27 %', CIFAR-10"),
 }
 
 
@@ -50,8 +46,7 @@ class Config:
 PRESETS = {
     "smoke": {"data": "fashion_mnist_12k", "train": 1_000, "test": 100, "timed": 10, "compared": 50,
               "large_train": 4_000, "large_test": 200},
-    "cpu": {"stand_in": "fashion_mnist"},
-    "full": {},
+    "cpu": {"stand_in": "fashion_mnist"}, "full": {},
 }  # fmt: skip
 
 
@@ -100,7 +95,9 @@ def squares(a, b):
 
 def distances(a, b):
     """Eqs. 1 and 2: a [A, D], b [B, D] -> [A, B]."""
+    # exercise: the root of eq. 2, and a guard for what rounding has taken below 0
     return np.sqrt(np.maximum(squares(a, b), 0))
+    # end exercise
 
 
 # %% [markdown]
@@ -115,17 +112,14 @@ def distances(a, b):
 
 # %%
 def compare_ways(x, count):
-    """The first `count` rows of x [N, D], whole numbers 0..255, and the others, in three ways -> rows, a dict.
-
-    Differences are from two loops, of x / 255 and of x itself.  The dict tells of pictures' distances to themselves.
-    """
+    """Distances from the first `count` rows of x [N, D], 0..255, to the others, three ways -> rows, rounding errors."""
     table, small, first = [], x / 255, None
     for name, way in {"two loops": distances_two_loops, "one loop": distances_one_loop, "no loop": distances}.items():
         found, began = [], [time.perf_counter()]
         for rows in small, x:
             found.append(way(rows[:count], rows[count:]))
             began.append(time.perf_counter())
-        first = first or found
+        first = first or found  # two loops: the others' differences are from them
         gaps = [a - b for a, b in zip(found, first, strict=True)]
         table.append({"way": name, "microseconds a pair": 1e6 * np.diff(began).min() / gaps[0].size,
                       "largest difference": float(np.abs(gaps[0]).max()),
@@ -158,7 +152,9 @@ def votes(labels, classes):
 
 def predict_labels(distances, y, k):
     """distances [A, B] to training pictures with labels y [B] -> the majority of the k nearest, int [A]."""
+    # exercise: most votes win, and of equals the smallest label
     return votes(y[nearest(distances, k)], y.max() + 1).argmax(axis=1)  # argmax: the first of equals
+    # end exercise
 
 
 # %% [markdown]
@@ -202,14 +198,12 @@ def invariances(x, y, count, rng):
     """The first `count` rows of x [N, D] named (k = 1) by 4 x count others, before and after preprocessing -> rows."""
     mean, spread = x.mean(axis=0), x.std(axis=0)
     changes = {
-        "none": lambda x: x,
-        "subtract one mean": lambda x: x - mean.mean(),
-        "subtract each pixel's mean": lambda x: x - mean,
-        "divide by one standard deviation": lambda x: x / x.std(),
+        "none": lambda x: x, "subtract one mean": lambda x: x - mean.mean(),
+        "subtract each pixel's mean": lambda x: x - mean, "divide by one standard deviation": lambda x: x / x.std(),
         "divide by each pixel's": lambda x: x / np.where(spread > 0, spread, 1),
         "shuffle the pixels": lambda x: x[:, np.random.default_rng(0).permutation(x.shape[1])],
         "rotate the axes (cosine transform)": lambda x: dct(x, norm="ortho", axis=1),
-    }
+    }  # fmt: skip
     rows, table, before = rng.choice(len(x), 5 * count, replace=False), [], {}
     y = y[rows]
     for change, function in changes.items():
@@ -295,14 +289,19 @@ def draw_neighbours(d, pictures, y_test, parts, labels, rows=6, k=7):
 # %%
 def main(argv=None):
     options, cfg = core.parse(Config, PRESETS, argv)
+    if cfg.train > cfg.large_train or cfg.test > cfg.large_test:
+        raise core.InputError("--train and --test take the first of --large-train and --large-test: give no more")
+    if not 2 <= cfg.folds <= cfg.train or max(cfg.ks) > cfg.train - -(-cfg.train // cfg.folds):
+        raise core.InputError(f"--ks {max(cfg.ks)}, --folds {cfg.folds}: a fold must leave that many neighbours")
+    if 5 * cfg.compared > cfg.train or cfg.timed >= cfg.train:
+        raise core.InputError("--compared may be a fifth of --train at most, --timed must be less than --train")
     with core.run("a1_knn", options, cfg) as run:
         data = core.data.load(cfg.data, stand_in=cfg.stand_in)
         parts, rng = core.data.three_way(data, cfg.large_train, 0, cfg.large_test), np.random.default_rng(cfg.seed)
         everything, pictures = (array.reshape(len(array), -1) for array in (parts.x_train, parts.x_test))
         x, y, classes = everything[: cfg.train].astype(float), parts.y_train[: cfg.train], len(data.labels)
 
-        ways, copies = compare_ways(x, cfg.timed)
-        pairs = distances(x, x)
+        (ways, copies), pairs = compare_ways(x, cfg.timed), distances(x, x)
         found = cross_validate(pairs, y, cfg.ks, cfg.folds)
         train = accuracies(y[nearest(pairs, max(cfg.ks))], y, cfg.ks)  # each its own neighbour
         print("per cent right by k:", dict(zip(cfg.ks, found.mean(axis=1).round(2).tolist(), strict=True)), flush=True)

@@ -33,7 +33,7 @@ class Config:
     validation: int = 1_000  # pictures by which the settings are chosen
     test: int = 1_000  # pictures for the figure at the end
     dev: int = 500  # of the training pictures: those for checks and timings
-    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # learning rates of the grid
+    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)  # learning rates of the grid
     regs: tuple[float, ...] = (0.03, 0.3, 3.0, 30.0)  # regularisation strengths of the grid
     search_steps: int = 3_000  # steps at each point of the grid
     steps: int = 20_000  # steps of the classifier that is kept
@@ -74,7 +74,7 @@ PRESETS = {
 def svm_loss_naive(w, x, y, reg):
     """Eqs. 1 and 2 read off, in loops.  w [D, C], x [N, D], y int [N] -> loss, dL/dw [D, C]."""
     loss, d_w = 0.0, np.zeros_like(w)
-    # exercise: a loop over the examples, in it one over the classes: sums of loss and gradient; then the means
+    # exercise: loops over examples and classes sum up loss and gradient; then the means, and the terms with lambda
     for n in range(len(x)):
         scores = x[n] @ w
         for c in range(w.shape[1]):
@@ -83,9 +83,9 @@ def svm_loss_naive(w, x, y, reg):
                 loss += margin
                 d_w[:, c] += x[n]
                 d_w[:, y[n]] -= x[n]
-    loss, d_w = loss / len(x), d_w / len(x)
+    loss, d_w = loss / len(x) + 0.5 * reg * np.sum(w * w), d_w / len(x) + reg * w
     # end exercise
-    return loss + 0.5 * reg * np.sum(w * w), d_w + reg * w
+    return loss, d_w
 
 
 # %% [markdown]
@@ -97,16 +97,16 @@ def svm_loss_naive(w, x, y, reg):
 def svm_loss(w, x, y, reg):
     """Eqs. 1 and 2 by whole matrices.  w [D, C], x [N, D], y int [N] -> loss, dL/dw [D, C]."""
     rows = np.arange(len(x))
-    # exercise: margins [N, C] with 0 at the truth, the loss; the matrix M, and from it the gradient: no loop
+    # exercise: margins [N, C] with 0 at the truth, the loss; the matrix M, from it the gradient; both L2 terms: no loop
     scores = x @ w
     margins = np.maximum(scores - scores[rows, y][:, None] + 1, 0)
     margins[rows, y] = 0
-    loss = margins.sum() / len(x)
+    loss = margins.sum() / len(x) + 0.5 * reg * np.sum(w * w)
     violated = (margins > 0).astype(x.dtype)
     violated[rows, y] = -violated.sum(axis=1)
-    d_w = x.T @ violated / len(x)
+    d_w = x.T @ violated / len(x) + reg * w
     # end exercise
-    return loss + 0.5 * reg * np.sum(w * w), d_w + reg * w
+    return loss, d_w
 
 
 # %% [markdown]
@@ -197,8 +197,9 @@ def accuracy(w, x, y):
 # ## Settings
 # Learning rate and regularisation matter together, and by factors rather than by differences, so the grid is one of
 # logarithms. Each point is a short training; accuracy on the *validation* pictures chooses, and the test pictures wait.
-# A step that is too small has not arrived after so few steps; one that is too large ends in noise. With $\lambda$ too
-# large all scores shrink and the classes blur; too small, and the training accuracy alone gains.
+# With a rate that is too small the weights have not arrived after so few steps; a rate that is too large leaves the
+# valley before the step has shrunk. With $\lambda$ too large all scores shrink and the classes blur; too small, and the
+# training accuracy alone gains.
 #
 # **What do the templates look like, and why?** A score is an inner product, largest for the picture that has the
 # template's own pattern of signs: $w_c$ is all that is kept of class $c$, a compromise between all its pictures. Horses
@@ -246,8 +247,10 @@ def main(argv=None):
         x, x_val, x_test = linear.prepare(*pictures, scale=True)
         fit = functools.partial(linear.fit, svm_loss, (x, y), (x_val, y_val), classes, **settings)
         point = functools.partial(fit, steps=cfg.search_steps)
+        # exercise: `point` at every pair of cfg.lrs and cfg.regs (linear.search), and the best row on validation
         grid = linear.search(run.once, lambda lr, reg: point(lr=lr, reg=reg)[0], cfg.lrs, cfg.regs)
         best = linear.best(grid)
+        # end exercise
         kept, w, curve = fit(lr=best["lr"], reg=best["reg"], steps=cfg.steps)
         brief = {"lr": best["lr"], "reg": best["reg"], "steps": 50, "batch": cfg.batch}
         ours, theirs = (function(svm_loss, x, y, classes, rng=np.random.default_rng(3), **brief)[0]

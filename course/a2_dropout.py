@@ -1,4 +1,4 @@
-"""Assignment 2 - Dropout: switching units off at random slows down learning by heart, and validation does not suffer.
+"""Assignment 2 - Dropout: learning by heart slows down; with 500 units validation does not suffer, with 30 it does.
 
 Paper:     Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov 2014, JMLR 15, 1929-1958
 Task:      write inverted dropout and its gradient; train on 500 CIFAR-10 images with and without it
@@ -58,13 +58,11 @@ PRESETS = {
 # %%
 def keep_probability(p, means):
     """The probability to keep a unit, from `p`, which means "keep" (paper, CS231n 2018) or "drop" (2017, Keras)."""
-    # exercise: refuse another meaning by `core.InputError`, then what would keep nothing or is no probability
     if means not in ("keep", "drop"):
         raise core.InputError(f"--p-means {means} is not known: choose keep or drop")
     keep = p if means == "keep" else 1 - p
     if not 0 < keep <= 1:
         raise core.InputError(f"--p {p} would keep a unit with probability {keep:g}: it must be above 0 and up to 1")
-    # end exercise
     return keep
 
 
@@ -168,11 +166,11 @@ def same_mask(keep, x):
 
 # %% [markdown]
 # ## What if we do not divide by $k$?
-# Then eq. 2 fails: in training the next layer sees a $k$-th of what it gets in testing. Its weights grow to suit the
-# training, and with all units on, its scores are $1/k$ times too large. For one hidden layer that hardly changes which
-# score is largest, but the probabilities become far too sure of themselves, as the cross-entropy shows. With several
-# layers the factor is $k^{-1}$ for each. The remedy at test time is to multiply by $k$ there, as the paper does;
-# inverted dropout pays in training instead, and leaves the network that is put to use alone.
+# Then eq. 2 fails: in training the next layer sees, on average, $k$ times what it gets in testing. Its weights grow to
+# suit the training, and with all units on, its scores are $1/k$ times too large. For one hidden layer that hardly
+# changes which score is largest, but the probabilities become far too sure of themselves, as the cross-entropy shows.
+# With several layers the factor is $k^{-1}$ for each. The remedy at test time is to multiply by $k$ there, as the paper
+# does; inverted dropout pays in training instead, and leaves the network that is put to use alone.
 
 
 # %%
@@ -215,8 +213,8 @@ def answers(cfg, data, sizes, keep, trial, loss):
 # down and does not forbid it. Validation accuracy hardly moves. Dropout takes away overfitting; it adds no images.
 #
 # **Should $k$ change if the hidden layer is made smaller?** What is at work in a step is a network of $k H$ units. With
-# 500 units a quarter is plenty; of 30 it leaves seven, and the network underfits. So $k$ has to grow as $H$ shrinks;
-# the last figure has the accuracies over $H$.
+# 500 units a quarter is plenty; of 30 it leaves seven, and the network learns less, on both parts. So $k$ has to grow
+# as $H$ shrinks; the last figure has the accuracies over $H$.
 
 
 # %%
@@ -246,6 +244,9 @@ def main(argv=None):
             "dividing by keep": scaling,
         }}  # fmt: skip
         widest = {part: {kind: widths[cfg.hidden][kind][part] for kind in kinds} for part in ("training", "validation")}
+        run.record["history"] = {f"{kind}, {curve}": one[curve].mean(axis=0).tolist()
+                                 for kind, one in widths[cfg.hidden].items()
+                                 for curve in ("loss", "training", "validation")}  # fmt: skip
         last = {kind: {part: float(widest[part][kind][:, -1].mean()) for part in widest} for kind in kinds}
         without, dropped = last[f"keep {max(keeps):g}"], last[f"keep {min(keeps):g}"]
         run.record["metrics"] = {

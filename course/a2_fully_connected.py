@@ -2,7 +2,7 @@
 
 Paper:     Glorot, Bengio 2010, "Understanding the difficulty of training deep feedforward neural networks", AISTATS
 Task:      write the layers, two losses and networks of any depth; check them; classify CIFAR-10 pictures by the best
-Shapes:    image [N,H,W,C] -> (affine -> normalisation -> ReLU -> dropout) x (L - 1) [N,M] -> affine -> scores [N,10]
+Shapes:    image [N,H,W,C] -> (affine -> batch normalisation -> ReLU -> dropout) x (L - 1) -> affine -> scores [N,10]
 Reference: CIFAR-10 validation: 50 % by two layers; 55 % "should be possible" (CS231n 2018, assignment 2, its notebook)
 Run:       python -m course.a2_fully_connected --preset cpu --seed 0
 Departs:   1. weights start from He's scale and pixels are divided by their spread; the notebook keeps 0..255 and 0.01
@@ -22,11 +22,7 @@ from models.numpy_net import net as nets
 from models.numpy_net.solver import Solver, accuracy
 
 REFERENCE = {
-    "two_layer_val_accuracy": (
-        50.0,
-        "%",
-        "CS231n 2018, assignment 2, FullyConnectedNets notebook: asked for, CIFAR-10",
-    ),
+    "two_layer_val_accuracy": (50.0, "%", "CS231n 2018, assignment 2, FullyConnectedNets notebook: asked, CIFAR-10"),
     "val_accuracy": (55.0, "%", "CS231n 2018, assignment 2, FullyConnectedNets notebook: possible, CIFAR-10"),
 }
 
@@ -196,6 +192,8 @@ def two_layer_loss(net, x, y, reg=0.0, rng=None):
 
 def forward(net, x, *, train=False, rng=None):
     """x [N, ...] -> scores [N, C], caches; training normalises by the batch and draws dropout masks by `rng`."""
+    if net.normalization not in (None, "batch"):
+        raise core.InputError(f"{net.normalization} normalisation is not in this lesson: give None or 'batch'")
     p, caches = net.params, []
     for layer in range(1, net.depth + 1):
         running = {name: net.running.get(f"{name}{layer}") for name in ("mean", "var")}  # change in place
@@ -270,9 +268,9 @@ def check(rng):
 
 
 # %%
-def learn_few(examples, depth, scale, lr, cfg, trial=0):
+def learn_few(examples, classes, depth, scale, lr, cfg, trial=0):
     """`depth` layers, 100 units each, weights of spread `scale` (None: He's) -> training accuracy of each epoch, %."""
-    sizes = (examples[0][0].size, *[100] * (depth - 1), 10)
+    sizes = (examples[0][0].size, *[100] * (depth - 1), classes)
     net = nets.create(np.random.default_rng((cfg.seed, trial)), sizes, weight_scale=scale)
     solver = Solver(deep_loss, deep_scores, cfg.few_epochs, batch=25, lr=lr, seed=cfg.seed + trial, verbose=False)
     try:
@@ -282,9 +280,9 @@ def learn_few(examples, depth, scale, lr, cfg, trial=0):
         return [0.0]
 
 
-def sweep(examples, depth, scales, cfg):
+def sweep(examples, classes, depth, scales, cfg):
     """Best accuracy within the epochs, from each scale in each trial: [trials, scales]."""
-    return [[max(max(learn_few(examples, depth, scale, lr, cfg, trial)) for lr in (0.1, 0.01, 0.001))
+    return [[max(max(learn_few(examples, classes, depth, scale, lr, cfg, trial)) for lr in (0.1, 0.01, 0.001))
              for scale in scales] for trial in range(cfg.trials)]  # fmt: skip
 
 
@@ -292,7 +290,8 @@ def sweep(examples, depth, scales, cfg):
 # ## The best network
 # Five remedies, each for one trouble: He's scale against signals that die or explode, batch normalisation to keep them
 # alive while the weights move, momentum with a falling rate, dropout against learning by heart, and mirrored pictures,
-# half of each batch, since a mirrored cat is a cat. Settings and the epoch are chosen on the validation images.
+# half of each batch, since a mirrored cat is a cat. The settings were found by hand on the validation images; the run
+# chooses the epoch on them.
 
 
 # %%
@@ -310,16 +309,16 @@ def main(argv=None):
         mean, spread = parts.x_train.mean(axis=0, dtype=np.float32), np.float32(parts.x_train[:1000].std())
         x, x_val, x_test = ((images - mean) / spread for images in (parts.x_train, parts.x_val, parts.x_test))
         examples, held_out, few = (x, parts.y_train), (x_val, parts.y_val), (x[: cfg.few], parts.y_train[: cfg.few])
-        gradients, views = check(rng)
-        heart = {depth: learn_few(few, depth, None, 0.01, cfg) for depth in (3, 5)}
+        (gradients, views), classes = check(rng), len(data.labels)
+        heart = {depth: learn_few(few, classes, depth, None, 0.01, cfg) for depth in (3, 5)}
         scales = np.logspace(-2, 1, cfg.scales)
-        swept = {d: np.array(run.once(f"{d}_layers", lambda d=d: sweep(few, d, scales, cfg))) for d in (3, 5)}
+        swept = {d: np.array(run.once(f"{d}_layers", lambda d=d: sweep(few, classes, d, scales, cfg))) for d in (3, 5)}
         learned = {d: scales[np.median(swept[d], axis=0) == 100] for d in swept}
-        two = nets.create(rng, (x[0].size, cfg.two_layer_hidden, 10))
+        two = nets.create(rng, (x[0].size, cfg.two_layer_hidden, classes))
         loss, scores = functools.partial(two_layer_loss, reg=1e-3), lambda net, x: two_layer_scores(net, x)[0]
         solver = Solver(loss, scores, cfg.two_layer_epochs, lr=0.05, lr_decay=0.75, seed=cfg.seed, label="two layers:")
         shallow = solver.fit(two, examples, held_out, run.checkpoint(None, "two_layers"))
-        net = nets.create(rng, (x[0].size, *cfg.hidden, 10), normalization="batch", keep=cfg.keep)
+        net = nets.create(rng, (x[0].size, *cfg.hidden, classes), normalization="batch", keep=cfg.keep)
         solver = Solver(deep_loss, deep_scores, cfg.epochs, cfg.batch, cfg.lr, cfg.lr_decay, optim.momentum,
                         transform=mirrored, seed=cfg.seed, label="best network:")  # fmt: skip
         deep = solver.fit(net, examples, held_out, run.checkpoint(None, "best"))

@@ -43,8 +43,7 @@ class Config:
 PRESETS = {
     "smoke": {"data": "fashion_mnist_12k", "examples": 200, "validation": 200, "hidden": (20, 20, 20), "epochs": 2,
               "scales": 3, "batches": (5, 50), "trials": 2, "sweep_trials": 1},
-    "cpu": {"stand_in": "fashion_mnist", "trials": 3, "sweep_trials": 2},
-    "full": {},
+    "cpu": {"stand_in": "fashion_mnist", "trials": 3, "sweep_trials": 2}, "full": {},
 }  # fmt: skip
 KINDS = {"none": None, "batch norm": "batch", "layer norm": "layer"}
 
@@ -182,9 +181,8 @@ def layer_norm_backward(d_out, cache):
 
 # %% [markdown]
 # ## Checks
-# Gradients, deep networks' too, against centred differences; the layers' against Keras's GradientTape; both backward
-# passes against each other, and timed. After many training batches the test-mode output must have mean $\beta$ and
-# standard deviation $\gamma$.
+# Gradients, deep networks' too, against centred differences; the layers' against Keras's GradientTape; both backwards
+# against each other, and timed. After many batches the test-mode output must have mean $\beta$ and deviation $\gamma$.
 #
 # **Which preparation of the images is like batch norm, which like layer norm?** Batch norm ignores any rescaling of a
 # *feature*, as does taking off the mean image and dividing each pixel by its deviation. Layer norm ignores any
@@ -329,6 +327,8 @@ def main(argv=None):
                                       f"{name}_validation_accuracy": float(deep[kind]["validation"][:, -1].mean()),
                                       f"{name}_scales_above_25": int((values.mean(axis=0) > 25).sum())}  # fmt: skip
 
+        run.record["history"] = {f"{kind}, {curve}": one[curve].mean(axis=0).tolist() for kind, one in deep.items()
+                                 for curve in ("loss", "training", "validation")}  # fmt: skip
         titles = {"loss": "training loss", "training": "training accuracy, %", "validation": "validation accuracy, %"}
         curves = {title: {kind: found[curve] for kind, found in deep.items()} for curve, title in titles.items()}
         run.figure("deep_network", core.plots.panels(curves))

@@ -6,7 +6,7 @@ from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from course import a1_knn
+from course import a1_knn, core
 from models.numpy_net import knn
 
 WAYS = [a1_knn.distances_two_loops, a1_knn.distances_one_loop, a1_knn.distances]
@@ -119,3 +119,22 @@ def test_contrast_falls_with_the_dimension(rng):
     assert dimensions == [3, 10, 30, 100, 300]
     assert (np.diff(curves["cube"]) < 0).all()
     assert 0.9 < curves["cube"][0] < 1 and curves["cube"][-1] < 0.3
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--train 4001", "--large-train"),
+        ("--test 201", "--large-test"),
+        ("--folds 1", "--folds 1"),
+        ("--folds 1001", "--folds 1001"),
+        ("--ks 5 801", "--ks 801"),
+        ("--train 4 --ks 3 --folds 3", "--ks 3"),  # the largest fold leaves two
+        ("--compared 201", "--compared"),
+        ("--timed 1000", "--timed"),
+    ],
+)
+def test_more_than_there_is_is_refused_before_the_run(flags, named, tmp_path):
+    with pytest.raises(core.InputError, match=named):
+        a1_knn.main(["--preset", "smoke", *flags.split(), "--runs", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []

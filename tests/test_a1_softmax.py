@@ -52,6 +52,13 @@ def test_finite_differences(rng):
     assert all(row["relative"] < 1e-7 and row["checked"] == 60 for row in table)
 
 
+def test_finite_differences_with_as_many_inputs_as_a_cifar_picture(rng):
+    _, x, y = problem(rng, n=50, inputs=3_073, classes=10)
+    table = a1_softmax.check_gradients(x / 2, y, 10, rng)  # |w|^2 is large here, and rounds
+    assert [row["checked"] for row in table] == [60, 60]
+    assert max(row["relative"] for row in table) < 1e-7
+
+
 def test_large_scores_break_the_naive_loss_alone():
     table = a1_softmax.stability()
     for row in table:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from course import a2_fully_connected as unit
+from course import core
 from models.numpy_net import losses
 from models.numpy_net import net as nets
 
@@ -92,6 +93,18 @@ def test_testing_uses_running_statistics_and_drops_nothing(rng):
     np.testing.assert_array_equal(unit.deep_scores(net, x), nets.scores(net, x))
 
 
+def test_a_normalisation_of_another_lesson_is_refused(rng):
+    net, x = nets.create(rng, (6, 8, 3), normalization="layer"), rng.standard_normal((4, 6)).astype(np.float32)
+    for call in (lambda: unit.deep_scores(net, x), lambda: unit.deep_loss(net, x, np.zeros(4, int), rng=rng)):
+        with pytest.raises(core.InputError, match="layer normalisation is not in this lesson"):
+            call()
+
+
+def test_as_many_scores_as_there_are_classes(rng):
+    curve = unit.learn_few(few(rng, classes=13), 13, 3, None, 0.03, unit.Config())
+    assert max(curve) == 100
+
+
 @pytest.mark.parametrize("depth", [3, 5])
 def test_scores_grow_with_the_power_of_the_depth(rng, depth):
     """Eq. 6: all weights times a make all scores times a^L."""
@@ -105,18 +118,18 @@ def test_scores_grow_with_the_power_of_the_depth(rng, depth):
 
 @pytest.mark.parametrize("depth", [3, 5])
 def test_fifty_pictures_are_learned_by_heart_within_20_epochs(rng, depth):
-    curve = unit.learn_few(few(rng), depth, None, 0.03, unit.Config())
+    curve = unit.learn_few(few(rng), 10, depth, None, 0.03, unit.Config())
     assert len(curve) == 20 and max(curve) == 100
 
 
 def test_a_tiny_scale_learns_nothing_and_a_huge_one_explodes(rng):
     examples = few(rng)
-    assert max(unit.learn_few(examples, 5, 1e-3, 0.01, unit.Config())) < 50
-    assert unit.learn_few(examples, 5, 100.0, 0.1, unit.Config()) == [0.0]
+    assert max(unit.learn_few(examples, 10, 5, 1e-3, 0.01, unit.Config())) < 50
+    assert unit.learn_few(examples, 10, 5, 100.0, 0.1, unit.Config()) == [0.0]
 
 
 def test_sweep_has_a_row_for_each_trial(rng):
-    found = np.array(unit.sweep(few(rng), 3, [1e-3, 0.08], unit.Config(trials=2)))
+    found = np.array(unit.sweep(few(rng), 10, 3, [1e-3, 0.08], unit.Config(trials=2)))
     assert found.shape == (2, 2)
     assert (found[:, 1] > found[:, 0] + 30).all()
 

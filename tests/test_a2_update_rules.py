@@ -156,3 +156,11 @@ def test_adagrad_slows_as_the_root_of_time_and_adam_does_not(rng):
     assert unit.exponent(sizes(unit.adagrad)) == pytest.approx(-0.5, abs=1e-6)
     assert unit.exponent(sizes(unit.adam)) == pytest.approx(0, abs=0.02)
     assert sizes(unit.sgd)[0] == pytest.approx([0.1] * 400)
+
+
+def test_the_network_has_as_many_scores_as_there_are_classes(rng):
+    pair = rng.standard_normal((60, 8)).astype(np.float32), np.arange(60) % 12
+    cfg = unit.Config(hidden=(10, 10), epochs=2, batch=20, trials=2)
+    found = unit.compare("adam", pair, pair, 12, cfg)
+    assert len(found["search"]) == 3 and len(found["runs"]) == 2
+    assert found["runs"][0]["loss"][0] == pytest.approx(np.log(12), abs=1)

@@ -226,6 +226,8 @@ def test_data_line_says_what_is_made_and_what_stands_in():
         "mnist, 60,000 to train on; xor (synthetic); mnist_5k, in place of svhn"
     )
     assert catalogue.data_line({"data": None}) == ""
+    copy = {"name": "cifar10", "train": 50_000, "note": "re-encoded as JPEG"}
+    assert catalogue.data_line({"data": copy}) == "cifar10 (re-encoded as JPEG), 50,000 to train on"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(48.2, "48 s"), (720.0, "12 min"), (11520.0, "3.2 h")])

@@ -209,7 +209,7 @@ def sources(data):
 
 
 def data_line(record):
-    """The data of a record in a few words; made data and stand-ins always say so."""
+    """The data of a record in a few words; made data, stand-ins and changed copies always say so."""
     parts = []
     for data in sources(record.get("data")):
         text = data["name"]
@@ -217,6 +217,8 @@ def data_line(record):
             text += f", in place of {data['stand_in_for']}"
         if data.get("synthetic"):
             text += " (synthetic)"
+        if data.get("note"):  # what makes it another thing than the set of that name
+            text += f" ({data['note']})"
         if isinstance(data.get("train"), int):
             text += f", {data['train']:,} to train on"
         parts.append(text)
