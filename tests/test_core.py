@@ -223,9 +223,9 @@ def test_kill_9_in_training_loses_one_epoch_at_most(tmp_path):
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT)
     folder = tmp_path / "small" / "cpu+epochs=2000-s0"
-    state = folder / "checkpoints" / "model" / "state.npz"
+    state, elapsed = folder / "checkpoints" / "model" / "state.npz", folder / "elapsed.json"  # written in this order
     deadline = time.monotonic() + 90
-    while not state.exists() and time.monotonic() < deadline and process.poll() is None:
+    while not elapsed.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     process.wait()
