@@ -117,7 +117,7 @@ class Polynomial(Schedule):
 
 # %% [markdown]
 # **SGDR** (eq. 4 with restarts) lets the cosine jump back to the peak at the end of each period, and makes the next one
-# $m$ times as long. Before each jump the network is in a minimum of its own: a free ensemble (in few epochs a weak one).
+# $m$ times as long. Before each jump the network is in a minimum of its own: a free ensemble (in few epochs, weak).
 #
 # **Cyclic rates** go up and down in straight lines between two bounds, with half a cycle of $s$ steps:
 #
