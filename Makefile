@@ -2,6 +2,7 @@
 # make run UNIT=day01_neural_network_from_scratch ARGS="--preset smoke"
 # make test                the fast and the smoke tests (what CI runs);  make test TESTS="tests/test_data.py -k idx"
 # make lint                ruff;   make docs   results into the README, units into notebooks;   make lock   new pins
+# make kserve              the environment of the server that python -m serving.benchmark compares with
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
@@ -9,7 +10,7 @@ UNIT   ?= day25_vision_pipeline
 ARGS   ?=
 TESTS  ?=
 
-.PHONY: run test lint docs lock clean
+.PHONY: run test lint docs kserve lock clean
 
 run: $(VENV)/installed
 	@$(VENV)/bin/python -m course.$(patsubst course.%,%,$(UNIT)) $(ARGS)
@@ -34,6 +35,13 @@ $(VENV)/installed: requirements.lock
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --progress-bar off -r requirements.lock
 	@touch $@
 
+kserve: .venv-kserve/installed
+
+.venv-kserve/installed: serving/benchmark_kserve.txt
+	@"$(PYTHON)" -m venv --clear .venv-kserve
+	@.venv-kserve/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off -r $<
+	@touch $@
+
 lock:
 	@"$(PYTHON)" -m venv --clear build/lock
 	@build/lock/bin/python -m pip install --quiet -r requirements-dev.txt
@@ -42,4 +50,4 @@ lock:
 	@mv requirements.lock.new requirements.lock && rm -r build/lock
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) .venv-kserve build

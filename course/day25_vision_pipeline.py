@@ -12,7 +12,7 @@ Departs:   1. TFX itself cannot be installed beside this TensorFlow: the steps a
 # %%
 import dataclasses
 import functools
-import json
+import itertools
 import math
 import shutil
 import time
@@ -27,7 +27,7 @@ from course import core
 from course.core import export, plots
 from course.core.timing import time_calls
 from models.convnets import small_resnet
-from serving import demos, pipeline
+from serving import demos, drift, pictures, pipeline
 from serving.client import Client
 
 UNIT = "day25_vision_pipeline"
@@ -70,19 +70,15 @@ PRESETS = {
 
 # %% [markdown]
 # ## What can go wrong, and which step says no
-# A model that does well in a notebook has taken one step of many.  The data may hold the same picture on both sides of
-# the split, or a class that is empty, or look different from last month's.  The preprocessing of the training script
-# may differ from the server's.  The new model may be better on average and useless on one class.  The file may not load
-# in the server.  And the process may be killed half-way through replacing a model that people are using.
-#
-# A pipeline gives each of these a *component* with an output, and whose answer may be no:
+# A model that does well in a notebook has taken one step of many.  The data may hold one picture on both sides of the
+# split, or look different from last month's.  The new model may be better on average and useless on one class; its file
+# may not load; the process may be killed half-way.  Each of these has a *component* whose answer may be no:
 #
 # | component | artefact | says no when |
 # |---|---|---|
 # | ExampleGen | TFRecord shards, checksums | a file cannot be decoded, a class is empty |
 # | StatisticsGen, SchemaGen, ExampleValidator | schema, anomalies | data contradicts the last version's schema |
-# | Tuner, Trainer | a Keras model with its preprocessing inside | - |
-# | Compressor, Exporter | LiteRT files, a version folder | - |
+# | Tuner, Trainer, Compressor, Exporter | a Keras model, LiteRT files, a version folder | - |
 # | Evaluator | metrics by slice, a *blessing* | worse than a floor, or than the version that serves |
 # | InfraValidator | an *infra blessing* | a real server cannot load it or answers differently |
 # | Pusher | a version folder | either blessing is missing |
@@ -91,10 +87,9 @@ PRESETS = {
 
 # %% [markdown]
 # ## The model
-# Everything between the file and the logits is part of the graph, so that training and serving cannot disagree: the
-# decoder and the resizing stand in the exported signature (`core.export.decode_image`, which the training data goes
-# through as well), the normalisation is the network's first layer, with the training split's own mean and variance.
-# Augmentation is not part of it: it wraps the classifier while it is being trained and is left behind.
+# All between the file and the logits is part of the graph, so that training and serving cannot disagree: decoder and
+# resizing stand in the exported signature (the training data goes through it as well), normalisation is the network's
+# first layer.  Augmentation wraps the classifier in training and is left behind.
 
 
 # %%
@@ -105,11 +100,12 @@ class Data:
     x: np.ndarray  # uint8 [N, *shape]
     y: np.ndarray  # int32 [N]
     x_val: np.ndarray
-    val: pipeline.Examples
-    test: pipeline.Examples
+    val: pictures.Examples
+    test: pictures.Examples
     labels: list
     shape: tuple  # (H, W, C) of the model's input
     schema: dict
+    training: dict  # statistics of the training split
     strategy: object  # of tf.distribute; networks are built and trained in its scope
 
 
@@ -122,9 +118,7 @@ def build_model(cfg, data):
 
 def augmented(cfg, classifier, rate, steps):
     """`classifier` inside its augmentation, compiled: SGD with Nesterov's momentum, warm-up and cosine over `steps`."""
-    augment = (
-        [layers.RandomFlip("horizontal", dtype="float32")] if cfg.flip else []
-    )  # drawn in float32 at any precision
+    augment = [layers.RandomFlip("horizontal", dtype="float32")] * cfg.flip  # drawn in float32 at any precision
     augment.append(layers.RandomTranslation(0.04, 0.04, fill_mode="nearest", dtype="float32"))
     augment.append(layers.RandomErasing(0.5, (0.02, 0.2), value_range=(0, 255), fill_value=0.0, dtype="float32"))
     model = keras.Sequential([keras.Input(classifier.input_shape[1:]), *augment, classifier])
@@ -180,9 +174,8 @@ def train(cfg, run, data, rate):
 
 # %% [markdown]
 # ## Evaluate what will be served, and say no
-# The Evaluator asks the exported folder, not the model in memory, and the last pushed version about the same pictures;
-# the difference decides, for the whole and for every slice (`pipeline.judge`, `pipeline.bless`).  Compressed files pass
-# the same gate, the uncompressed one their baseline; the smallest that passes is pushed beside the float model.
+# The Evaluator asks the exported folder, not the model in memory, and the last pushed version; the difference decides,
+# whole and for every slice (`pipeline.bless`).  Compressed files pass the same gate; the smallest is pushed too.
 
 
 # %%
@@ -193,31 +186,30 @@ def serve(classifier, data):
 
 def compress(cfg, folder, classifier, data):
     """LiteRT files of four kinds; of those that pass the gate on the validation split, the smallest is the best."""
-    softmax = layers.Softmax(dtype="float32")(classifier.output)
-    named = keras.Model(classifier.input, {"probabilities": softmax})
-    x, x_test = data.x_val.astype("float32"), pipeline.pixels(data.test, data.shape).astype("float32")
+    named = keras.Model(classifier.input, {"probabilities": layers.Softmax(dtype="float32")(classifier.output)})
+    x, x_test = data.x_val.astype("float32"), pictures.pixels(data.test, data.shape).astype("float32")
     rows = lite.compare(named, folder, data.x[:300], {"val": x, "test": x_test})
     found = {kind: pipeline.evaluate(row.pop("val"), data.val, data.labels) for kind, row in rows.items()}
+    tested = {kind: pipeline.evaluate(row.pop("test"), data.test, data.labels) for kind, row in rows.items()}
     for kind, row in rows.items():
-        row["accuracy"] = pipeline.evaluate(row.pop("test"), data.test, data.labels)["accuracy"]  # shown, not judged
+        row["accuracy"] = tested[kind]["accuracy"]  # shown, not judged
         row |= pipeline.bless(found[kind], found["float"], **cfg.limits)
     passed = {kind: row["bytes"] for kind, row in rows.items() if row["verdict"] == pipeline.BLESSED}
     best = min(passed, key=passed.get)
     smaller = passed["float"] / passed[best]
     says = f"{best} is {smaller:.1f} times smaller, test accuracy {rows[best]['accuracy']:.4f}"
-    return {"rows": rows, "best": best, "smaller": smaller, "says": says}
+    return dict(rows=rows, best=best, smaller=smaller, confusion=tested["float"]["confusion"], says=says)
 
 
-def write_candidate(folder, bases, classifier, content, data):
+def write_candidate(folder, bases, classifier, content, data, notes):
     """Write the version to be judged, float and compressed, under one number: the second it was made."""
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier or a killed run
-    names, newest = [*bases], max([0, *(number for base in bases.values() for number in pipeline.versions(base))])
-    number = str(max(int(time.time()), newest + 1))
-    files = np.array(list(pipeline.contents(data.test).take(4).as_numpy_iterator()), dtype=object)
-    pixels = pipeline.pixels(data.test, data.shape, count=4)
+    names, number = [*bases], pipeline.next_version(bases.values())
+    files = np.array(pictures.first(data.test, 4), dtype=object)
+    pixels = pictures.pixels(data.test, data.shape, count=4)
     sample = {"serving_default": {"image_bytes": files}, "pixels": {"pixels": pixels}}
     export.export(classifier, folder / names[0] / number, serve(classifier, data), sample=sample, labels=data.labels,
-                  extra={"schema.json": json.dumps(data.schema)})  # fmt: skip
+                  extra=notes)  # fmt: skip
     lite.export(content, folder / names[1] / number, pixels.astype("float32"), data.labels)
     return {"version": number, "says": f"version {number}"}
 
@@ -225,7 +217,7 @@ def write_candidate(folder, bases, classifier, content, data):
 def rehearse(cfg, data, metrics):
     """The network after one of the tuner's trials, held against the new version: the gate should say no."""
     weak = export.in_float32(learn(cfg, data, cfg.rates[0], cfg.trial_steps)[0])
-    logits = weak.predict(pipeline.pixels(data.test, data.shape), batch_size=256, verbose=0)
+    logits = weak.predict(pictures.pixels(data.test, data.shape), batch_size=256, verbose=0)
     quality = pipeline.evaluate(np.asarray(keras.ops.softmax(logits)), data.test, data.labels)
     verdict = pipeline.bless(quality, metrics, **cfg.limits)
     says = f"a network of {cfg.trial_steps} steps would be {verdict['verdict']}: {'; '.join(verdict['reasons'][:1])}"
@@ -234,31 +226,33 @@ def rehearse(cfg, data, metrics):
 
 # %% [markdown]
 # ## The endpoint
-# A process of its own serves the pushed folders over TensorFlow Serving's protocol from the first second of the run: a
-# new version replaces the old one under way, and a refused one changes nothing.  A client sends a file's bytes,
-# base64-encoded, over REST, or a tensor over gRPC; the README has the line for the stock container.
+# A process of its own serves the pushed folders over TensorFlow Serving's protocol from the first second on: a new
+# version replaces the old one under way, a refused one changes nothing.  Its request log feeds the DriftMonitor.
 
 
 # %%
 def ask(endpoint, names, data):
     """Query the endpoint by every route: its answers for 16 test pictures, milliseconds a call from one client."""
     client, small = (Client(endpoint.url, endpoint.grpc_target, model=name) for name in names)
-    files = list(pipeline.contents(data.test).take(16).as_numpy_iterator())
-    answers = [client.predict(instances=[file])[0] for file in files]  # bytes travel as {"b64": ...}
-    remote = client.predict_grpc({"image_bytes": np.array(files, dtype=object)})
+    began, files = int(time.time()), pictures.first(data.test, 256)
+    answers = [client.predict(instances=[file])[0] for file in files[:16]]  # bytes travel as {"b64": ...}
+    remote = client.predict_grpc({"image_bytes": np.array(files[:16], dtype=object)})
     if not np.allclose([row["probabilities"] for row in answers], remote["probabilities"], atol=1e-5):
         raise RuntimeError("REST and gRPC answer differently for the same pictures")
     shape = [int(size) for size in client.input_shape("pixels")[1:]]  # of the version that serves
-    one, pixels = np.array(files[:1], dtype=object), pipeline.pixels(data.test, shape, count=1)
-    latency = {
-        "REST, file": time_calls(lambda: client.predict(instances=files[:1])),
-        "gRPC, file": time_calls(lambda: client.predict_grpc({"image_bytes": one})),
-        "REST, pixels": time_calls(lambda: client.predict(instances=pixels, signature="pixels")),
-        "REST, pixels, compressed": time_calls(lambda: small.predict(instances=pixels)),
+    fitted, each = pictures.pixels(data.test, shape, count=len(files)), dict(calls=200, warm_up=20)
+    places = itertools.cycle(range(len(files)))  # another picture for every call: they are what the DriftMonitor sees
+    routes = {
+        "REST, file": lambda i: client.predict(instances=files[i : i + 1]),
+        "gRPC, file": lambda i: client.predict_grpc({"image_bytes": np.array([files[i]], dtype=object)}),
+        "REST, pixels": lambda i: client.predict(instances=fitted[i : i + 1], signature="pixels"),
+        "REST, pixels, compressed": lambda i: small.predict(instances=fitted[i : i + 1]),
     }
-    version = max(int(state["version"]) for state in client.status() if state["state"] == "AVAILABLE")
+    latency = {route: time_calls(lambda call=call: call(next(places)), **each) for route, call in routes.items()}
+    logged, version = len(answers) + 1 + 3 * sum(each.values()), client.available()[-1]
     medians = ", ".join(f"{route} {row['p50_ms']:.1f} ms" for route, row in latency.items())
-    return {"answers": answers, "latency": latency, "version": version, "says": f"version {version}; median {medians}"}
+    return {"answers": answers, "latency": latency, "version": version, "began": began, "logged": logged,
+            "says": f"version {version}; median {medians}"}  # fmt: skip
 
 
 def demo(predict, examples=()):
@@ -277,8 +271,9 @@ def examine(cfg, run, base, step):
     splits, labels, schema, found = pipeline.examine(source, run.folder / "examples", base, step, **options)
     side = cfg.size or max(16, min(64, int(found["side"]["median"])))
     shape = (side, side, schema["channels"])
-    x, x_val = pipeline.pixels(splits["train"], shape), pipeline.pixels(splits["val"], shape)
-    return Data(x, splits["train"].label, x_val, splits["val"], splits["test"], labels, shape, schema, run.strategy)
+    train, val, test = splits.values()
+    x, x_val = (pictures.pixels(part, shape) for part in (train, val))
+    return Data(x, train.label, x_val, val, test, labels, shape, schema, found, run.strategy)
 
 
 def report(run, data, history, judged, lighter, asked):
@@ -299,11 +294,11 @@ def report(run, data, history, judged, lighter, asked):
         answers, title = asked["answers"], f"what version {asked['version']} answered over REST"
         captions = [f"{answer['label']} {answer['score']:.2f}" for answer in answers]
         right = [answer["label"] == data.labels[i] for answer, i in zip(answers, data.test.label, strict=False)]
-        pictures = pipeline.pixels(data.test, data.shape, count=len(right))
-        run.figure("served", plots.predictions(pictures, captions, right, title=title))
-        run.record["tables"]["latency"] = [{"route": route} | row for route, row in asked["latency"].items()]
-        for route in ("REST", "gRPC"):
-            run.record["metrics"][f"{route.lower()}_p50_ms"] = asked["latency"][f"{route}, file"]["p50_ms"]
+        shown = pictures.pixels(data.test, data.shape, count=len(right))
+        run.figure("served", plots.predictions(shown, captions, right, title=title))
+        took = asked["latency"]
+        run.record["tables"]["latency"] = [{"route": route} | row for route, row in took.items()]
+        run.record["metrics"] |= {f"{way.lower()}_p50_ms": took[f"{way}, file"]["p50_ms"] for way in ("REST", "gRPC")}
 
 
 def main(argv=None):
@@ -312,7 +307,7 @@ def main(argv=None):
         raise core.InputError(f"--data {cfg.data} is neither a folder nor a data set of `python -m course.core.data`")
     name = pipeline.model_name("day25", cfg.data) if Path(cfg.data).is_dir() else UNIT
     bases = {model: Path(cfg.exports) / model for model in (name, f"{name}_lite")}
-    ports = dict(rest_port=cfg.rest_port, grpc_port=cfg.grpc_port)
+    ports = dict(rest_port=cfg.rest_port, grpc_port=cfg.grpc_port, logged=[name])
     outside = dict(scope=False, inputs=pipeline.inputs(cfg.data, cfg.exports))
     with core.run(UNIT, options, cfg, **outside) as run, pipeline.endpoint(bases, run.folder, **ports) as endpoint:
         step = functools.partial(pipeline.component, run, lineage := [])
@@ -323,7 +318,8 @@ def main(argv=None):
         classifier = export.in_float32(keras.models.load_model(run.folder / "classifier.keras", compile=False))
         lighter = step("Compressor", lambda: compress(cfg, run.folder / "lite", classifier, data))
         content, candidate = (run.folder / "lite" / f"{lighter['best']}.tflite").read_bytes(), run.folder / "candidate"
-        made = step("Exporter", lambda: write_candidate(candidate, bases, classifier, content, data))["version"]
+        notes = pipeline.notes(data.schema, data.training, data.x, lighter["confusion"])
+        made = step("Exporter", lambda: write_candidate(candidate, bases, classifier, content, data, notes))["version"]
         folders = {model: candidate / model / made for model in bases}
         sides = folders[name], bases[name], data.test, data.labels
         judged = step("Evaluator", lambda: pipeline.judge(*sides, **cfg.limits))
@@ -338,7 +334,11 @@ def main(argv=None):
             print(f"REFUSED: {made} is not pushed ({reasons}); {judged['baseline'] or 'nothing'} keeps serving")
         pipeline.wait_available(endpoint, bases)
         asked = step("Endpoint", lambda: ask(endpoint, [*bases], data)) if pipeline.versions(bases[name]) else None
-        step("DriftMonitor", lambda: pipeline.monitor(data.test, data.schema))
+        if asked:
+            log = bases[name] / str(asked["version"]), run.folder / "requests" / name, name
+            step("DriftMonitor", lambda: drift.watch(*log, count=asked["logged"], since=asked["began"]))
+            dark = step("DriftRehearsal", lambda: drift.rehearse(*log, endpoint.url, pictures.first(data.test, 256)))
+            run.figure("drift", drift.figure(dark, title="training, and requests that were darkened"))
         report(run, data, history, judged, lighter, asked)
         run.record["tables"]["lineage"] = lineage
     if pipeline.versions(bases[name]):

@@ -60,6 +60,14 @@ class Client:
         """The state of every version of the model: [{"version": "3", "state": "AVAILABLE", "status": ...}, ...]."""
         return self._ask("GET", self._path(version))["model_version_status"]
 
+    def available(self):
+        """The versions that serve now, oldest first."""
+        return sorted(int(entry["version"]) for entry in self.status() if entry["state"] == "AVAILABLE")
+
+    def version_of(self, label=None):
+        """The version that a request to `label` (without one: to the model) goes to at this moment."""
+        return int(self._ask("GET", self._path(None, label) + "/metadata")["model_spec"]["version"])
+
     def metadata(self, version=None, label=None):
         """The model's signatures: {name: {"inputs": ..., "outputs": ..., "method_name": ...}}."""
         answer = self._ask("GET", self._path(version, label) + "/metadata")

@@ -73,7 +73,7 @@ def predictor(url, model):
     """`predict(bytes) -> {"probabilities": {label: p}, "version": v, "milliseconds": t}` over an endpoint's REST."""
     import gradio as gr
 
-    connection = client.Client(url, model=model)
+    connection, names = client.Client(url, model=model), {}
 
     def predict(content):
         try:
@@ -82,13 +82,29 @@ def predictor(url, model):
             raise gr.Error(str(error)) from error  # the page shows it, and goes on
 
     def ask(content):
-        version = max(int(state["version"]) for state in connection.status() if state["state"] == "AVAILABLE")
+        version = serving()
+        try:
+            return ask_version(content, version)
+        except client.ServingError as error:
+            if error.status != 404 or serving() == version:
+                raise
+            return ask_version(content, serving())  # another version has taken over in between
+
+    def serving():
+        numbers = connection.available()
+        if not numbers:
+            raise client.ServingError("UNAVAILABLE", f"no version of {model} serves at {url}")
+        return numbers[-1]
+
+    def ask_version(content, version):
+        """The request names the version, so that the answer is known to be that version's."""
         start = time.perf_counter()
         (answer,) = connection.predict(instances=[content], version=version)
         milliseconds = 1e3 * (time.perf_counter() - start)
-        places = list(range(len(answer["probabilities"])))
-        names = connection.predict(instances=places, signature="classes", version=version)
-        probabilities = dict(zip(names, answer["probabilities"], strict=True))
+        if version not in names:
+            places = list(range(len(answer["probabilities"])))
+            names[version] = connection.predict(instances=places, signature="classes", version=version)
+        probabilities = dict(zip(names[version], answer["probabilities"], strict=True))
         return {"probabilities": probabilities, "version": version, "milliseconds": milliseconds}
 
     return predict
@@ -125,7 +141,7 @@ def launch(chosen, url, samples, host="127.0.0.1", port=7860):
     """Show the pages until Ctrl-C; `InputError` for a taken port."""
     port = pipeline.free_port(port, "--port", host)
     page = pages(chosen, url, samples)
-    page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True)
+    page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, css=core.pages.CSS)
     print(f"demo:     http://{host}:{port}\nendpoint: {url}/models\nCtrl-C ends it", flush=True)
     try:
         page.block_thread()

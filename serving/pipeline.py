@@ -1,13 +1,14 @@
 """From raw files to a pushed version: the steps of a production pipeline under TFX's names, each a plain function.
 
-    ExampleGen        ingest            raw image files -> TFRecord shards with checksums, split without leakage
+    ExampleGen        pictures.ingest   raw image files -> TFRecord shards with checksums, split without leakage
     StatisticsGen     statistics        what the examples look like
     SchemaGen         infer_schema      what later examples must look like
-    ExampleValidator  validate, drift   anomalies of a data set against the schema; training against serving
+    ExampleValidator  validate          anomalies of a data set against the schema
     Evaluator         evaluate, bless   quality by slice; the verdict against the last pushed version
     InfraValidator    infra_validate    the candidate loaded and queried in a server of its own
     Pusher            push, roll_back   one rename makes a version visible, one takes it back
 
+Once a version serves, `serving.drift` watches what it is asked and `serving.canary` lets another one take its place.
 Transform and Trainer belong to the unit: preprocessing stands in the exported graph.  Artefacts are folders and JSON
 files, written whole or not at all, so a killed pipeline is continued by the same command.
 """
@@ -22,20 +23,17 @@ import shutil
 import socket
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from course.core import files
+from course.core import files, flags
 from course.core.data.images import slug
 from course.core.errors import InputError, cli
 from course.core.experiment import to_json
+from serving import drift, pictures
 from serving.server.status import StatusError
 
-SPLITS = ("train", "val", "test")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp"}  # what the serving graph's decoder reads
-SHARD_BYTES = 16 * 2**20
 BLESSED, NOT_BLESSED = "BLESSED", "NOT_BLESSED"
 INFRA_BLESSED, INFRA_NOT_BLESSED = "INFRA_BLESSED", "INFRA_NOT_BLESSED"
 
@@ -59,73 +57,6 @@ def component(run, lineage, name, function):
     return kept["answer"]
 
 
-# --- ExampleGen ------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class _Picture:
-    path: Path
-    part: str  # "train" or "test" where the folder is divided so, else ""
-    label: str
-    height: int = 0
-    width: int = 0
-    channels: int = 0  # 1 where every pixel is grey, whatever the file says
-    brightness: float = 0.0  # mean of all pixels, 0..255
-    pixels: str = ""  # sha256 of the decoded picture: equal for copies in another format or with other metadata
-
-
-def ingest(source, folder, *, seed, limit=0, val_share=0.1, test_share=0.15, skip_corrupt=False):
-    """Raw pictures in `source` -> TFRecord shards and `manifest.json` in `folder`, which appears whole or not at all.
-
-    `source` holds a folder a class, or `train/` and `test/` with a folder a class each.  Pictures are grouped by the
-    sha256 of their decoded pixels, and a group never crosses the split: a hash of (seed, pixels) decides where each
-    one goes, so that adding pictures later moves none from training to test.  Copies of one picture are kept
-    once; where copies carry different labels none is kept.  Where `source` brings its own test part that part is
-    kept, and copies of its pictures are taken out of training.  `limit`: files taken of each folder, 0 for all.
-
-    Returns the manifest.  Raises `InputError` for a missing or empty folder, a class without pictures, and, unless
-    `skip_corrupt`, a file that the serving graph could not decode.
-    """
-    source, folder = Path(source), Path(folder)
-    pictures = _find(source, limit)
-    labels = sorted({picture.label for picture in pictures})
-    with ThreadPoolExecutor() as pool:
-        broken = [line for line in _progress(pool.map(_read, pictures), "reading pictures", len(pictures)) if line]
-    if broken and not skip_corrupt:
-        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise InputError(f"{broken[0]}{more}: mend or remove it, or leave such files out with --skip-corrupt")
-    anomalies = [_anomaly("CORRUPT_IMAGE", "warning", line) for line in broken]
-    groups = {}
-    for picture in pictures:
-        if picture.pixels:
-            groups.setdefault(picture.pixels, []).append(picture)
-    kept, repeated, conflicting = _one_of_each(groups)
-    if repeated:
-        anomalies.append(_anomaly("DUPLICATE", "info", f"{repeated} copies of a picture were left out"))
-    for first, second in conflicting:
-        text = f"{first.path} and {second.path} are one picture under two labels: none was kept"
-        anomalies.append(_anomaly("LABEL_CONFLICT", "warning", text))
-    split = _split(kept, labels, seed, val_share, test_share)
-    for label in labels:
-        if not any(picture.label == label for picture in split["train"]):
-            raise InputError(f"class {label} of {source} has no picture left for training: add pictures to it")
-    counts = {name: len(part) for name, part in split.items()}
-    for name in ("val", "test"):
-        if not split[name]:
-            raise InputError(f"{source} has too few pictures for a {name} split: give each class at least three")
-    manifest = {"source": source.name, "seed": seed, "labels": labels, "anomalies": anomalies, "examples": counts}
-    manifest["shards"] = {}
-    with files.atomic_folder(folder, last="manifest.json") as temporary:
-        for name, part in split.items():
-            manifest["shards"] |= _write_shards(temporary, name, part, labels)
-        digests = "".join(shard["sha256"] for shard in manifest["shards"].values())
-        manifest["sha256"] = hashlib.sha256(digests.encode()).hexdigest()
-        parts = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-        manifest["says"] = f"{parts} in {len(manifest['shards'])} shards, sha256 {manifest['sha256'][:12]}"
-        (temporary / "manifest.json").write_text(to_json(manifest))
-    return manifest
-
-
 def model_name(prefix, folder):
     """The name under which a model of the user's own folder is pushed: `<prefix>_<folder>`, in letters and digits.
 
@@ -145,212 +76,6 @@ def inputs(source, exports):
     paths = sorted(source.rglob("*")) if source.is_dir() else []
     found = [(str(path.relative_to(source)), path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths]
     return [str(Path(exports).resolve()), hashlib.sha256(repr(found).encode(errors="replace")).hexdigest()]
-
-
-def _find(source, limit):
-    """The picture files of a folder of class folders, in a fixed order."""
-    if not source.is_dir():
-        raise InputError(f"{source} is not a folder: --data takes a folder that holds a folder of pictures a class")
-    inside = {path.name: path for path in sorted(source.iterdir()) if path.is_dir() and path.name[0] not in "._"}
-    parts = inside if set(inside) == {"train", "test"} else {"": source}
-    if "train" in inside and parts is not inside:
-        others = ", ".join(sorted(set(inside) - {"train"})) or "nothing"
-        raise InputError(f"{source} holds train/ and {others}: give train/ and test/ alone, or the class folders alone")
-    pictures = []
-    for part in ("train", "test", ""):
-        if part not in parts:
-            continue
-        for folder in sorted(path for path in parts[part].iterdir() if path.is_dir() and path.name[0] not in "._"):
-            # names with a dot in front are other programs' notes (macOS: ._picture.jpg)
-            found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
-            if not found:
-                kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-                raise InputError(f"class {folder.name} is empty: {folder} holds no {kinds} file; add some or remove it")
-            for path in found:
-                if not str(path).isprintable():
-                    raise InputError(f"the name {str(path)!a} is not readable text: rename the file or folder")
-            if limit:  # by a hash of the names: theirs is an order that may mean something
-                found = sorted(found, key=lambda path: hashlib.sha256(path.name.encode()).digest())[:limit]
-            pictures += [_Picture(path, part, folder.name) for path in found]
-    if len({picture.label for picture in pictures}) < 2:
-        raise InputError(f"{source} holds fewer than two class folders: put the pictures of each class in its own")
-    return pictures
-
-
-def _read(picture):
-    """Fill in a picture from its file; returns a line about what is wrong with it, or None."""
-    import tensorflow as tf
-
-    try:
-        content = picture.path.read_bytes()
-        decoded = tf.io.decode_image(content, expand_animations=False).numpy()
-    except (OSError, tf.errors.InvalidArgumentError) as error:
-        empty = picture.path.exists() and not picture.path.stat().st_size
-        reason = "the file is empty" if empty else type(error).__name__
-        return f"{picture.path} cannot be decoded ({reason})"
-    colour = decoded[..., :3]
-    grey = colour.shape[-1] < 3 or bool((colour == colour[..., :1]).all())
-    canonical = np.ascontiguousarray(colour[..., :1] if grey else colour)
-    picture.height, picture.width = decoded.shape[:2]
-    picture.channels = 1 if grey else 3
-    picture.brightness = float(canonical.mean())
-    shape = "x".join(map(str, canonical.shape))
-    picture.pixels = hashlib.sha256(shape.encode() + canonical.tobytes()).hexdigest()
-    return None
-
-
-def _one_of_each(groups):
-    """One picture of each group of equal ones; the number of copies left out; pairs that disagree on the label."""
-    kept, repeated, conflicting = [], 0, []
-    for copies in groups.values():
-        other = next((copy for copy in copies if copy.label != copies[0].label), None)
-        if other:
-            conflicting.append((copies[0], other))
-            continue
-        kept.append(next((copy for copy in copies if copy.part == "test"), copies[0]))
-        repeated += len(copies) - 1
-    return kept, repeated, conflicting
-
-
-def _split(pictures, labels, seed, val_share, test_share):
-    """Deal pictures to train, val and test by a number in 0..1 of their own, made from (seed, pixels)."""
-
-    def chance(picture):
-        digest = hashlib.sha256(f"{seed} {picture.pixels}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
-
-    split = {name: [] for name in SPLITS}
-    given = any(picture.part == "test" for picture in pictures)
-    for label in labels:
-        mine = [picture for picture in pictures if picture.label == label]
-        split["test"] += [picture for picture in mine if picture.part == "test"]
-        mine = sorted((picture for picture in mine if picture.part != "test"), key=chance)
-        # below its share is test, the next share is validation; where none fell there, the lowest does
-        tests = 0 if given or len(mine) < 3 else max(1, sum(chance(picture) < test_share for picture in mine))
-        share = val_share if given else test_share + val_share
-        vals = max(1, sum(chance(picture) < share for picture in mine) - tests) if len(mine) - tests > 1 else 0
-        split["test"] += mine[:tests]
-        split["val"] += mine[tests : tests + vals]
-        split["train"] += mine[tests + vals :]
-    for part in split.values():  # mix the classes within the shards
-        part.sort(key=chance)
-    return split
-
-
-def _write_shards(folder, split, pictures, labels):
-    """Pictures -> `<split>-00000-of-0000N.tfrecord` files; returns name -> checksum, count and bytes."""
-    import tensorflow as tf
-
-    size = sum(picture.path.stat().st_size for picture in pictures)
-    count = max(1, round(size / SHARD_BYTES))
-    shards = {}
-    for i in range(count):
-        name = f"{split}-{i:05d}-of-{count:05d}.tfrecord"
-        mine = pictures[i::count]
-        with tf.io.TFRecordWriter(str(folder / name)) as writer:
-            for picture in mine:
-                writer.write(_example(picture, labels).SerializeToString())
-        path = folder / name
-        shards[name] = {"examples": len(mine), "bytes": path.stat().st_size, "sha256": files.sha256(path)}
-    return shards
-
-
-def _example(picture, labels):
-    """A `tf.train.Example` with the feature names that TensorFlow's image sets have used since TF-Slim."""
-    import tensorflow as tf
-
-    def feature(value):
-        if isinstance(value, bytes):
-            return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-        if isinstance(value, float):
-            return tf.train.Feature(float_list=tf.train.FloatList(value=[value]))
-        return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
-
-    values = {
-        "image/encoded": picture.path.read_bytes(),
-        "image/format": picture.path.suffix.lower().lstrip(".").encode(),
-        "image/filename": f"{picture.label}/{picture.path.name}".encode(),
-        "image/height": picture.height,
-        "image/width": picture.width,
-        "image/channels": picture.channels,
-        "image/brightness": picture.brightness,
-        "image/sha256": picture.pixels.encode(),
-        "image/class/label": labels.index(picture.label),
-        "image/class/text": picture.label.encode(),
-    }
-    return tf.train.Example(features=tf.train.Features(feature={key: feature(value) for key, value in values.items()}))
-
-
-@dataclasses.dataclass
-class Examples:
-    """One split without its pictures, which `contents` and `pixels` stream; lists and arrays of length N."""
-
-    shards: list  # paths
-    label: np.ndarray  # int32
-    filename: list
-    format: list
-    bytes: np.ndarray  # of each file
-    height: np.ndarray
-    width: np.ndarray
-    channels: np.ndarray
-    brightness: np.ndarray
-
-
-def read(folder, split):
-    """The `Examples` of a split; `InputError` where a shard's checksum is not the manifest's."""
-    import tensorflow as tf
-
-    folder = Path(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    shards = [str(folder / name) for name in manifest["shards"] if name.startswith(f"{split}-")]
-    for path in map(Path, shards):
-        if not path.exists() or files.sha256(path) != manifest["shards"][path.name]["sha256"]:
-            raise InputError(f"the shard {path} is damaged or missing: run again with --fresh to ingest anew")
-    text = ("filename", "format")
-    numbers = ("class/label", "height", "width", "channels")
-    spec = {f"image/{key}": tf.io.FixedLenFeature([], tf.string) for key in ("encoded", *text)}
-    spec |= {f"image/{key}": tf.io.FixedLenFeature([], tf.int64) for key in numbers}
-    spec["image/brightness"] = tf.io.FixedLenFeature([], tf.float32)
-
-    def without_picture(record):
-        features = tf.io.parse_single_example(record, spec)
-        features["bytes"] = tf.strings.length(features.pop("image/encoded"))
-        return {key.removeprefix("image/"): value for key, value in features.items()}
-
-    stream = tf.data.TFRecordDataset(shards).map(without_picture, num_parallel_calls=tf.data.AUTOTUNE)
-    parts = list(stream.batch(1024).as_numpy_iterator())
-    columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else {}
-    if not columns:
-        columns = {key: np.zeros(0, int) for key in (*text, *numbers, "brightness", "bytes")}
-    columns |= {key: [value.decode() for value in columns[key]] for key in text}
-    return Examples(shards, columns.pop("class/label").astype(np.int32), **columns)
-
-
-def contents(examples):
-    """The image files' bytes, in order, as a `tf.data.Dataset` of scalar strings."""
-    import tensorflow as tf
-
-    spec = {"image/encoded": tf.io.FixedLenFeature([], tf.string)}
-    stream = tf.data.TFRecordDataset(examples.shards)
-    return stream.map(lambda record: tf.io.parse_single_example(record, spec)["image/encoded"])
-
-
-def pixels(examples, shape, count=None):
-    """The first `count` pictures (all where None), decoded and fitted to `shape` (H, W, C) as the served graph does it
-    -> uint8 [count, H, W, C]."""
-    import tensorflow as tf
-
-    from course.core.export import decode_image
-
-    count = len(examples.label) if count is None else min(count, len(examples.label))
-    decoded = np.empty((count, *shape), dtype=np.uint8)
-    stream = contents(examples).take(count)
-    stream = stream.map(lambda content: decode_image(content, shape), num_parallel_calls=tf.data.AUTOTUNE)
-    position = 0
-    for part in stream.batch(512).as_numpy_iterator():
-        decoded[position : position + len(part)] = part
-        position += len(part)
-    return decoded
 
 
 # --- StatisticsGen, SchemaGen, ExampleValidator ----------------------------------------------------------------------
@@ -373,6 +98,7 @@ def statistics(examples, labels):
             "std": float(examples.brightness.std()),
             "histogram": histogram.tolist(),
         },
+        "features": drift.summarise_pictures(examples),
     }
 
 
@@ -386,10 +112,10 @@ def examine(source, folder, base, step, **options):
 
     def generate():
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed between the shards and its record
-        return ingest(source(), folder, **options)
+        return pictures.ingest(source(), folder, **options)
 
     manifest = step("ExampleGen", generate)
-    splits = {name: read(folder, name) for name in SPLITS}
+    splits = {name: pictures.read(folder, name) for name in pictures.SPLITS}
     found = {name: statistics(part, manifest["labels"]) for name, part in splits.items() if len(part.label)}
     step("StatisticsGen", lambda: found | {"says": summary(found["train"])})
     known = schema_of(base)
@@ -429,7 +155,23 @@ def infer_schema(training):
         "max_brightness_drift": 0.1,  # Jensen-Shannon divergence from training's histogram
         "class_shares": _shares(training["classes"]),
         "brightness": training["brightness"]["histogram"],
+        "drift": drift.thresholds(training["features"] | {drift.PREDICTED: {"counts": training["classes"]}}),
     }
+
+
+def notes(schema, training, inputs, confusion):
+    """What a version carries for those who serve it, file name -> text: its schema, and the statistics that the drift
+    monitor holds requests against.
+
+    `training`: the training split's statistics; `inputs` uint8 [N, H, W, C]: its pictures as the network sees them;
+    `confusion` [C, C]: the model's on the test split, for how often it answers each class.  Answers are compared with
+    answers: what a model gets wrong is no drift.
+    """
+    light = drift.numeric(inputs.mean(axis=(1, 2, 3)), drift.BRIGHTNESS_EDGES)
+    answered = dict(zip(training["classes"], np.sum(confusion, axis=0).tolist(), strict=True))
+    features = training["features"] | {drift.PIXELS: light, drift.PREDICTED: {"counts": answered}}
+    statistics = {"examples": training["examples"], "features": features}
+    return {drift.SCHEMA: to_json(schema), drift.STATISTICS: to_json(statistics)}
 
 
 def schema_of(base):
@@ -443,10 +185,6 @@ def _shares(counts):
     return {name: count / total for name, count in counts.items()}
 
 
-def _anomaly(name, severity, text):
-    return {"anomaly": name, "severity": severity, "text": text}
-
-
 def validate(found, schema, split="train"):
     """Anomalies of a split's statistics `found` against `schema`, as dicts of anomaly, severity and text.
 
@@ -455,7 +193,7 @@ def validate(found, schema, split="train"):
     anomalies = []
 
     def add(name, severity, text):
-        anomalies.append(_anomaly(name, severity, f"{split}: {text}"))
+        anomalies.append(pictures.anomaly(name, severity, f"{split}: {text}"))
 
     for label in sorted(set(found["classes"]) - set(schema["labels"])):
         add("UNEXPECTED_LABEL", "error", f"class {label} is not in the schema")
@@ -480,7 +218,7 @@ def validate(found, schema, split="train"):
     skew = max((abs(shares[name] - schema["class_shares"][name]) for name in shares), default=0.0)
     if skew > schema["max_class_skew"]:
         add("CLASS_SKEW", "warning", f"a class's share differs by {skew:.2f} from training's")
-    moved = drift(found["brightness"]["histogram"], schema["brightness"])
+    moved = float(drift.jensen_shannon(found["brightness"]["histogram"], schema["brightness"]))
     if moved > schema["max_brightness_drift"]:
         add("BRIGHTNESS_DRIFT", "warning", f"Jensen-Shannon divergence {moved:.2f} from training's brightness")
     return anomalies
@@ -497,32 +235,6 @@ def verdict_on(anomalies):
     return {"anomalies": anomalies, "says": f"{len(anomalies)} anomalies" if anomalies else "no anomaly"}
 
 
-def drift(histogram, reference):
-    """Jensen-Shannon divergence in bits, 0 (alike) to 1 (disjoint), of two histograms with the same bins.
-
-    The measure that TensorFlow Data Validation takes for numeric features: JSD(P, Q) = H((P+Q)/2) - (H(P)+H(Q))/2.
-    """
-    p, q = (np.asarray(values, dtype=float) / max(1, np.sum(values)) for values in (histogram, reference))
-
-    def entropy(values):
-        values = values[values > 0]
-        return float(-(values * np.log2(values)).sum())
-
-    return max(0.0, entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2)
-
-
-def monitor(served, schema):
-    """The drift monitor: brightness of the pictures `served` (an `Examples`) against training's, as they came and, to
-    see that the alarm would ring, darkened by half."""
-    moved = {}
-    for name, factor in {"test pictures": 1.0, "darkened by half": 0.5}.items():
-        histogram, _ = np.histogram(factor * served.brightness, bins=16, range=(0, 256))
-        moved[name] = drift(histogram, schema["brightness"])
-    alarm = schema["max_brightness_drift"]
-    says = ", ".join(f"{name} {value:.3f}{' (would ring)' if value > alarm else ''}" for name, value in moved.items())
-    return {"divergence": moved, "says": f"Jensen-Shannon divergence: {says}; the alarm is at {alarm:g}"}
-
-
 # --- Evaluator -------------------------------------------------------------------------------------------------------
 
 
@@ -535,7 +247,7 @@ def answers(version, examples):
     import tensorflow as tf
 
     call = tf.saved_model.load(str(version)).signatures["serving_default"]
-    parts = [call(image_bytes=part)["probabilities"].numpy() for part in contents(examples).batch(32)]
+    parts = [call(image_bytes=part)["probabilities"].numpy() for part in pictures.contents(examples).batch(32)]
     return np.concatenate(parts), (Path(version) / "assets.extra" / "labels.txt").read_text().splitlines()
 
 
@@ -723,10 +435,11 @@ def push_all(candidates, bases):
 
 
 @contextlib.contextmanager
-def endpoint(bases, folder, *, rest_port, grpc_port):
+def endpoint(bases, folder, *, rest_port, grpc_port, logged=()):
     """A server process for several models (name -> base folder, which may still be empty), for a `with` block.
 
-    `models.config` is written to `folder`.  `InputError` for a taken port.
+    `models.config` is written to `folder`; every request to a model in `logged` is kept at `folder`/requests/<model>.
+    `InputError` for a taken port.
     """
     from serving import server
 
@@ -735,7 +448,7 @@ def endpoint(bases, folder, *, rest_port, grpc_port):
     for base in bases.values():
         files.make_folder(base)
     config = folder / "models.config"
-    files.write_atomic(config, models_config(bases))
+    files.write_atomic(config, models_config(bases, {name: folder / "requests" / name for name in logged}))
     name = next(iter(bases))
     with server.spawn(name, model_config_file=config, rest_port=rest_port, grpc_port=grpc_port) as running:
         yield running
@@ -752,6 +465,11 @@ def free_port(port, flag, host="127.0.0.1"):
             raise InputError(f"port {port} is taken or not to be had: give another {flag}, or 0 for any") from error
 
 
+def next_version(bases):
+    """The number of the next version of several models: the second of now, or one above the newest there is."""
+    return str(max([int(time.time()), *(number + 1 for base in bases for number in versions(base))]))
+
+
 def wait_available(running, bases):
     """Wait until the newest pushed version of every model (name -> base folder) serves at an endpoint."""
     for name, base in bases.items():
@@ -759,47 +477,218 @@ def wait_available(running, bases):
             dataclasses.replace(running, model_name=name).wait_available(have[-1])
 
 
-def roll_back(base):
+def withdrawn(base):
+    """Withdrawn versions in a model's folder: number -> the folder of its latest withdrawal."""
+    found = {}
+    for path in sorted(Path(base).glob("withdrawn-*"), key=lambda path: int(path.name.split("-")[2])):
+        found[int(path.name.split("-")[1])] = path
+    return found
+
+
+def withdraw(base, number):
+    """Hide one version, under a name `withdrawn-<version>-<time>` that no server takes for a version."""
+    base = Path(base)
+    with _pushing(base):
+        (base / str(number)).rename(base / f"withdrawn-{number}-{time.time_ns()}")
+
+
+def roll_back(*bases):
     """Withdraw the newest version, so that servers return to the one before; returns (withdrawn, now serving).
 
-    The folder is kept under a name `withdrawn-<version>-...`, which no server takes for a version.
+    Several folders (a model and its compressed twin) go back together.  `InputError`, and nothing is changed, where one
+    of them would be left without a version, or where their newest ones are not the same.
     """
-    base = Path(base)
-    if len(versions(base)) < 2:
-        raise InputError(f"{base} holds {len(versions(base))} version(s): there is none to roll back to")
-    with _pushing(base):
-        have = versions(base)
-        (base / str(have[-1])).rename(base / f"withdrawn-{have[-1]}-{time.time_ns()}")
-    return have[-1], have[-2]
+    have = {base: versions(base) for base in bases}
+    for base, numbers in have.items():
+        if len(numbers) < 2:
+            raise InputError(f"{base} holds {len(numbers)} version(s): there is none to roll back to")
+    if len({(numbers[-2], numbers[-1]) for numbers in have.values()}) > 1:
+        newest = ", ".join(f"{numbers[-2]} and {numbers[-1]} in {base}" for base, numbers in have.items())
+        raise InputError(f"the two newest versions differ ({newest}): roll these back one at a time")
+    previous, newest = have[bases[0]][-2:]
+    for base in bases:
+        withdraw(base, newest)
+    return newest, previous
 
 
-def models_config(models):
-    """The text of a `models.config` for name -> base path, as stock TensorFlow Serving reads it."""
-    entry = '  config {{ name: "{}" base_path: "{}" model_platform: "tensorflow" }}\n'
-    entries = "".join(entry.format(name, Path(base).resolve()) for name, base in models.items())
-    return f"model_config_list {{\n{entries}}}\n"
+def restore(*bases, number=None):
+    """Bring a withdrawn version back, the newest where none is named; returns its number.
+
+    `InputError`, and nothing is changed, where one of the folders has not withdrawn it or holds one of that number.
+    """
+    found = {base: withdrawn(base) for base in bases}
+    for base, away in found.items():
+        if not away:
+            raise InputError(f"{base} has no withdrawn version")
+    number = number or max(max(away) for away in found.values())
+    for base, away in found.items():
+        if number not in away:
+            raise InputError(f"{base} has not withdrawn version {number} (but {', '.join(map(str, sorted(away)))})")
+        if number in versions(base):
+            raise InputError(f"{base} holds a version {number} already")
+    for base, away in found.items():
+        with _pushing(Path(base)):
+            away[number].rename(Path(base) / str(number))
+    return number
 
 
-def _progress(items, text, total):
-    """`items` with a progress bar, shown where there is a terminal and the work takes a while."""
-    from rich.progress import track
+def models_config(models, logs=None):
+    """The text of a `models.config` for name -> base path, as stock TensorFlow Serving reads it.
 
-    return track(items, text, total=total, transient=True, update_period=0.5)
+    `logs`: name -> filename prefix of the log that the embedded server keeps of every request to that model.
+    """
+    from google.protobuf import text_format
+    from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
+
+    config = ModelServerConfig()
+    for name, base in models.items():
+        entry = config.model_config_list.config.add(name=name, base_path=str(Path(base).resolve()))
+        entry.model_platform = "tensorflow"
+        if prefix := (logs or {}).get(name):
+            collector = entry.logging_config.log_collector_config
+            collector.type, collector.filename_prefix = "tfrecord", str(Path(prefix).resolve())
+            entry.logging_config.sampling_config.sampling_rate = 1.0
+    return text_format.MessageToString(config)
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+USAGE = """usage: python -m serving.pipeline COMMAND exports/<model> [...] [--flags]
+  versions   list what is pushed and what is withdrawn
+  roll-back  withdraw the newest version of the models named
+  restore    bring a withdrawn version back
+  canary     serve a new version beside the stable one, compare, then promote it or roll it back
+  drift      hold logged requests against the training statistics
+  warm-up    make logged requests the warm-up file of exports/<model>/<version>
+COMMAND exports/<model> --help lists a command's flags"""
+
+
+@dataclasses.dataclass
+class RollBack:
+    """Withdraw the newest version, so that servers return to the one before."""
+
+    url: str = ""  # REST address of a running server: wait until it serves the version before
+    config: str = ""  # the models.config that pins the versions, after a canary; needs --url
+    grpc: str = ""  # gRPC address, to have that file read at once
+    timeout: float = 60.0  # seconds to wait for the server
+
+
+@dataclasses.dataclass
+class Restore:
+    """Bring a withdrawn version back."""
+
+    version: int = 0  # the version; 0: the newest withdrawn one
+    url: str = ""  # REST address of a running server: wait until it serves the newest version
+    timeout: float = 60.0  # seconds to wait for the server
+
+
+@dataclasses.dataclass
+class WarmUp:
+    """Make logged requests the warm-up file of a version, which must not be serving yet."""
+
+    log: str = ""  # filename_prefix of the request log, as models.config has it
+    model: str = ""  # the model's name in the log, where several share it
+    limit: int = 100  # requests, the newest distinct ones; at most 1000
 
 
 def main(argv):
-    """`python -m serving.pipeline versions|roll-back exports/<model> ...`: what is pushed, and the way back."""
-    if len(argv) < 2 or argv[0] not in ("versions", "roll-back"):
-        raise InputError("usage: python -m serving.pipeline versions|roll-back exports/<model> ...")
-    for base in argv[1:]:
-        if not versions(base):
+    """`python -m serving.pipeline COMMAND exports/<model> ...`; `USAGE` lists the commands."""
+    from serving import canary
+
+    commands = {
+        "versions": _list, "roll-back": _roll_back, "restore": _restore,
+        "canary": canary.command, "drift": drift.command, "warm-up": _warm_up,
+    }  # fmt: skip
+    if argv in (["--help"], ["-h"]):
+        print(USAGE)
+        return
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    if count < 2 or argv[0] not in commands:
+        raise InputError("usage: python -m serving.pipeline COMMAND exports/<model> [...]; --help lists the commands")
+    commands[argv[0]](argv[1:count], argv[count:], f"python -m serving.pipeline {argv[0]} exports/<model>")
+
+
+def pushed(bases):
+    """Folder -> its versions; `InputError` for one that holds none."""
+    have = {base: versions(base) for base in bases}
+    for base, numbers in have.items():
+        if not numbers:
             raise InputError(f"{base} holds no pushed version: push one first, for example with make run")
-    for base in argv[1:]:
-        if argv[0] == "versions":
-            print(f"{base}: {' '.join(map(str, versions(base)))}")
-        else:
-            withdrawn, serving = roll_back(base)
-            print(f"{base}: version {withdrawn} is withdrawn; {serving} serves")
+    return have
+
+
+def only(bases):
+    """The folder of a command that takes one."""
+    if len(bases) > 1:
+        raise InputError(f"give one folder, not {len(bases)}")
+    return Path(bases[0])
+
+
+def _list(bases, words, prog):
+    if words:
+        raise InputError(f"{words[0]} is not known: versions takes folders only")
+    for base in bases:
+        away = ", ".join(map(str, sorted(withdrawn(base))))
+        numbers = versions(base) if away else pushed([base])[base]
+        print(f"{base}{f' ({away} withdrawn)' if away else ''}: {' '.join(map(str, numbers)) or 'nothing serves'}")
+
+
+def _roll_back(bases, words, prog):
+    from serving import canary
+
+    options = flags.read(RollBack(), words, prog=prog, description=RollBack.__doc__)
+    pushed(bases)
+    if options.config:
+        place = canary.Place(options.config, options.url, options.grpc, timeout=options.timeout)
+        if not options.url:
+            raise InputError("--config goes with --url, the address of the server that reads it")
+        newest, previous = canary.roll_back(only(bases), place)
+        print(f"{only(bases)}: version {newest} is withdrawn; {previous} serves at {options.url}")
+        return
+    newest, previous = roll_back(*bases)
+    for base in bases:
+        print(f"{base}: version {newest} is withdrawn; {_now_serves(base, previous, options)}")
+
+
+def _restore(bases, words, prog):
+    options = flags.read(Restore(), words, prog=prog, description=Restore.__doc__)
+    number = restore(*bases, number=options.version)
+    for base in bases:
+        print(f"{base}: version {number} is back; {_now_serves(base, versions(base)[-1], options)}")
+
+
+def _now_serves(base, number, options):
+    """Which version serves, asked of a running server where one is named, once it is `number`."""
+    from serving.client import Client, ServingError
+
+    if not options.url:
+        return f"{number} serves wherever the latest version is served"
+    deadline, serving, why = time.monotonic() + options.timeout, [], ""
+    with Client(options.url, model=Path(base).resolve().name) as connection:
+        while True:
+            try:
+                serving = connection.available()
+            except ServingError as error:
+                serving, why = [], f" ({error})"
+            if serving == [number]:
+                return f"{number} serves at {options.url}"
+            if time.monotonic() > deadline:
+                found = f"{', '.join(map(str, serving)) or 'nothing'}{why}"
+                raise InputError(
+                    f"the folder is changed, but after {options.timeout:g} s {options.url} serves {found} and not "
+                    f"{number}: where models.config pins the versions, give --config"
+                )
+            time.sleep(0.1)
+
+
+def _warm_up(bases, words, prog):
+    from serving.server import request_log
+
+    options = flags.read(WarmUp(), words, prog=prog, description=WarmUp.__doc__)
+    if not options.log:
+        raise InputError("say where the requests are logged: --log PREFIX, the filename_prefix in models.config")
+    count = request_log.write_warmup(options.log, only(bases), options.model, options.limit)
+    print(f"{only(bases) / request_log.warmup.FILE}: {count} requests")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from course import core
 from course import day25_vision_pipeline as unit
-from serving import demos, pipeline
+from serving import client, demos, pipeline
 
 pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).parents[1]
@@ -44,11 +45,14 @@ def says(record, component):
 def test_every_component_ran_in_order(pushed):
     assert [row["component"] for row in pushed["tables"]["lineage"]] == [
         "ExampleGen", "StatisticsGen", "SchemaGen", "ExampleValidator", "Tuner", "Trainer", "Compressor", "Exporter",
-        "Evaluator", "InfraValidator", "Pusher", "Rehearsal", "Endpoint", "DriftMonitor",
+        "Evaluator", "InfraValidator", "Pusher", "Rehearsal", "Endpoint", "DriftMonitor", "DriftRehearsal",
     ]  # fmt: skip
     assert says(pushed, "Evaluator").startswith("BLESSED")
     assert says(pushed, "InfraValidator").startswith("INFRA_BLESSED")
     assert "would be NOT_BLESSED" in says(pushed, "Rehearsal")
+    assert says(pushed, "DriftMonitor") == "NO_DRIFT: 6 of 6 features judged, by 677 logged requests"
+    assert re.match(r"DRIFT: in brightness\b.*, by 256 logged requests", says(pushed, "DriftRehearsal"))
+    assert "drift.png" in pushed["figures"]
     assert pushed["data"]["name"] == "fashion_mnist_12k"
     assert (
         pushed["metrics"]["test_accuracy"] > 0.4
@@ -73,9 +77,11 @@ def test_a_worse_model_is_refused_and_the_old_version_keeps_serving(pushed, fold
     assert says(record, "Endpoint").startswith(f"version {before[0]};")
     assert pipeline.versions(folder / "exports" / unit.UNIT) == before
     assert says(record, "SchemaGen") == "of the last version"
+    # the last run's dark requests are in the log, but not in the verdict
+    assert says(record, "DriftMonitor").startswith("NO_DRIFT")
 
 
-def test_the_demo_calls_the_endpoint(pushed, folder):
+def test_the_demo_calls_the_endpoint(pushed, folder, monkeypatch):
     base = folder / "exports" / unit.UNIT
     picture = next((folder / "runs").rglob("raw/test/*/*.png")).read_bytes()
     with pipeline.endpoint({unit.UNIT: base}, folder, rest_port=0, grpc_port=0) as endpoint:
@@ -87,9 +93,19 @@ def test_the_demo_calls_the_endpoint(pushed, folder):
         tries = demos.examples(folder / "exports", unit.UNIT, folder)
         assert len(tries) == 4
         page = demos.pages({unit.UNIT: unit.UNIT}, endpoint.url, {unit.UNIT: tries})
-        assert page.fn(None)[1] == "Choose a picture first."
+        assert page.fn(None) == (None, "Choose a picture.")
+        probabilities, told = page.fn(tries[0])
+        assert re.fullmatch(rf"Version \*\*{answer['version']}\*\* answered in \d+\.\d ms\.", told)
+        assert len(probabilities) == 10
         with pytest.raises(gradio.Error, match="400"):
             demos.predictor(endpoint.url, unit.UNIT)(b"not a picture")
+        # a version that was unloaded between the look at the status and the request: the next one is asked
+        seen = iter([[1], [answer["version"]], [answer["version"]]])
+        monkeypatch.setattr(client.Client, "available", lambda self: next(seen))
+        assert demos.predictor(endpoint.url, unit.UNIT)(picture) | {"milliseconds": 0} == answer | {"milliseconds": 0}
+        monkeypatch.setattr(client.Client, "available", lambda self: [])
+        with pytest.raises(gradio.Error, match="no version of day25_vision_pipeline serves"):
+            demos.predictor(endpoint.url, unit.UNIT)(picture)
 
 
 def test_a_demo_of_what_was_never_pushed_says_what_to_run(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from course.core import InputError, files
-from serving import pipeline
+from serving import pictures, pipeline
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +39,7 @@ def source(tmp_path):
 
 def ingest(source, name="examples", **options):
     folder = source.parent / name
-    return folder, pipeline.ingest(source, folder, **({"seed": 0} | options))
+    return folder, pictures.ingest(source, folder, **({"seed": 0} | options))
 
 
 # --- ExampleGen ------------------------------------------------------------------------------------------------------
@@ -52,9 +52,9 @@ def test_every_picture_lands_in_one_split_and_comes_back_as_it_was(source):
     assert 2 <= manifest["examples"]["val"] <= 10  # a tenth of 40 by chance, at least one of each class
     assert 2 <= manifest["examples"]["test"] <= 14
     seen = []
-    for name in pipeline.SPLITS:
-        part = pipeline.read(folder, name)
-        stored = list(pipeline.contents(part).as_numpy_iterator())
+    for name in pictures.SPLITS:
+        part = pictures.read(folder, name)
+        stored = list(pictures.contents(part).as_numpy_iterator())
         for content, filename, label in zip(stored, part.filename, part.label, strict=True):
             assert content == (source / filename).read_bytes()
             assert manifest["labels"][label] == filename.split("/")[0]
@@ -71,7 +71,7 @@ def test_copies_of_a_picture_never_cross_the_split_whatever_their_format(source)
     folder, manifest = ingest(source)
     assert sum(manifest["examples"].values()) == 40
     assert [anomaly["text"] for anomaly in manifest["anomalies"]] == ["20 copies of a picture were left out"]
-    hashes = [set(pipeline.read(folder, name).filename) for name in pipeline.SPLITS]
+    hashes = [set(pictures.read(folder, name).filename) for name in pictures.SPLITS]
     stems = [
         {Path(name).stem.removeprefix("copy").lstrip("0") or "0" for name in part if "cat" in name} for part in hashes
     ]
@@ -81,7 +81,7 @@ def test_copies_of_a_picture_never_cross_the_split_whatever_their_format(source)
 def test_no_picture_moves_from_training_to_test_when_pictures_are_added(source):
     def split(name, seed):
         folder, _ = ingest(source, f"{name}{seed}", seed=seed)
-        return {name: set(pipeline.read(folder, name).filename) for name in pipeline.SPLITS}
+        return {name: set(pictures.read(folder, name).filename) for name in pictures.SPLITS}
 
     before = [split("few", seed) for seed in range(12)]
     for i in range(20, 60):
@@ -95,7 +95,7 @@ def test_one_picture_under_two_labels_is_reported_and_kept_under_none(source):
     (source / "dog" / "same.png").write_bytes(content)
     folder, manifest = ingest(source)
     assert [anomaly["anomaly"] for anomaly in manifest["anomalies"]] == ["LABEL_CONFLICT"]
-    names = [name for split in pipeline.SPLITS for name in pipeline.read(folder, split).filename]
+    names = [name for split in pictures.SPLITS for name in pictures.read(folder, split).filename]
     assert not {"cat/000.png", "dog/same.png"} & set(names)
 
 
@@ -108,7 +108,7 @@ def test_a_given_test_part_is_kept_and_its_copies_leave_training(tmp_path):
     folder, manifest = ingest(tmp_path / "raw")
     assert manifest["examples"]["test"] == 10
     assert sum(manifest["examples"].values()) == 34
-    assert "cat/leak.png" not in pipeline.read(folder, "train").filename
+    assert "cat/leak.png" not in pictures.read(folder, "train").filename
 
 
 def test_a_corrupt_picture_stops_with_its_name_and_leaves_nothing(source):
@@ -182,7 +182,7 @@ def test_a_change_of_the_pictures_or_of_the_exports_is_seen(source):
 
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
-        pipeline.ingest(tmp_path / "nowhere", tmp_path / "examples", seed=0)
+        pictures.ingest(tmp_path / "nowhere", tmp_path / "examples", seed=0)
 
 
 def test_a_damaged_shard_is_found_by_its_checksum(source):
@@ -192,16 +192,16 @@ def test_a_damaged_shard_is_found_by_its_checksum(source):
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     with pytest.raises(InputError, match="is damaged"):
-        pipeline.read(folder, "val")
+        pictures.read(folder, "val")
 
 
 def test_pixels_are_fitted_as_the_served_graph_fits_them(source):
     folder, _ = ingest(source)
-    part = pipeline.read(folder, "train")
-    same = pipeline.pixels(part, (20, 20, 1))
+    part = pictures.read(folder, "train")
+    same = pictures.pixels(part, (20, 20, 1))
     assert same.shape == (len(part.label), 20, 20, 1)
     assert part.brightness[0] == pytest.approx(same[0].mean(), abs=1e-3)
-    assert pipeline.pixels(part, (16, 24, 3), count=2).shape == (2, 16, 24, 3)
+    assert pictures.pixels(part, (16, 24, 3), count=2).shape == (2, 16, 24, 3)
 
 
 # --- statistics, schema, anomalies -----------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_pixels_are_fitted_as_the_served_graph_fits_them(source):
 
 def test_a_schema_accepts_the_data_it_was_inferred_from_and_names_what_differs(source):
     folder, manifest = ingest(source)
-    found = pipeline.statistics(pipeline.read(folder, "train"), manifest["labels"])
+    found = pipeline.statistics(pictures.read(folder, "train"), manifest["labels"])
     schema = pipeline.infer_schema(found)
     assert pipeline.validate(found, schema) == []
 
@@ -227,14 +227,6 @@ def test_a_schema_accepts_the_data_it_was_inferred_from_and_names_what_differs(s
     }  # fmt: skip
     with pytest.raises(InputError, match="owl is not in the schema"):
         pipeline.verdict_on(pipeline.validate(other, schema))
-
-
-def test_drift_is_0_for_the_same_1_for_the_disjoint_and_the_formula_between():
-    assert pipeline.drift([1, 2, 3], [2, 4, 6]) == pytest.approx(0, abs=1e-12)
-    assert pipeline.drift([1, 0], [0, 5]) == pytest.approx(1)
-    # P = (1, 0), Q = (1/2, 1/2): H(3/4, 1/4) - (0 + 1) / 2
-    expected = -(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25)) - 0.5
-    assert pipeline.drift([1, 0], [1, 1]) == pytest.approx(expected)
 
 
 # --- Evaluator -------------------------------------------------------------------------------------------------------
@@ -315,6 +307,92 @@ def test_push_and_roll_back(tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
+def test_a_withdrawn_version_comes_back(tmp_path, capsys):
+    base = tmp_path / "exports" / "model"
+    for number in (5, 12, 13):
+        pipeline.push(version_folder(tmp_path / "made" / str(number), f"weights {number}"), base)
+    with pytest.raises(InputError, match="has no withdrawn version"):
+        pipeline.main(["restore", str(base)])
+    pipeline.main(["roll-back", str(base)])
+    pipeline.main(["roll-back", str(base)])
+    assert pipeline.versions(base) == [5]
+    capsys.readouterr()
+    pipeline.main(["versions", str(base)])
+    assert capsys.readouterr().out == f"{base} (12, 13 withdrawn): 5\n"
+    with pytest.raises(InputError, match=r"has not withdrawn version 7 \(but 12, 13\)"):
+        pipeline.main(["restore", str(base), "--version", "7"])
+    pipeline.main(["restore", str(base)])  # the newest
+    assert pipeline.versions(base) == [5, 13]
+    pipeline.main(["restore", str(base), "--version", "12"])
+    assert pipeline.versions(base) == [5, 12, 13]
+    assert (base / "12" / "variables" / "data").read_text() == "weights 12"
+    assert pipeline.withdrawn(base) == {}
+    # withdrawn, pushed again under its number, withdrawn again: the later one is what comes back
+    pipeline.roll_back(base)
+    pipeline.push(version_folder(tmp_path / "again" / "13", "newer weights"), base)
+    with pytest.raises(InputError, match="holds a version 13 already"):
+        pipeline.restore(base)
+    pipeline.roll_back(base)
+    assert pipeline.restore(base) == 13
+    assert (base / "13" / "variables" / "data").read_text() == "newer weights"
+
+
+def test_twins_go_back_together_or_not_at_all(tmp_path):
+    bases = [tmp_path / "exports" / name for name in ("model", "model_lite")]
+    for base, numbers in zip(bases, ((5, 12), (5, 12)), strict=True):
+        for number in numbers:
+            pipeline.push(version_folder(tmp_path / base.name / str(number)), base)
+    assert pipeline.roll_back(*bases) == (12, 5)
+    with pytest.raises(InputError, match=r"holds 1 version\(s\): there is none to roll back to"):
+        pipeline.roll_back(*bases)
+    assert pipeline.restore(*bases) == 12
+    assert [pipeline.versions(base) for base in bases] == [[5, 12], [5, 12]]
+    pipeline.push(version_folder(tmp_path / "model_lite" / "13"), bases[1])
+    with pytest.raises(InputError, match="the two newest versions differ"):
+        pipeline.main(["roll-back", *map(str, bases)])
+    assert [pipeline.versions(base) for base in bases] == [[5, 12], [5, 12, 13]]
+    pipeline.roll_back(bases[1])
+    with pytest.raises(InputError, match="has no withdrawn version"):
+        pipeline.restore(*bases)
+    assert [pipeline.versions(base) for base in bases] == [[5, 12], [5, 12]]
+
+
+def test_a_running_server_says_which_version_serves_now(tmp_path, capsys):
+    from serving.server import serve
+    from tests import serving_models
+
+    base = tmp_path / "exports" / "half_plus"
+    for number in (1, 2):
+        serving_models.save_graph(tmp_path / "made" / str(number), serving_models.half_plus(number))
+        pipeline.push(tmp_path / "made" / str(number), base)
+    with serve("half_plus", base, file_system_poll_wait_seconds=0.1) as server:
+        server.wait_available(2)
+        pipeline.main(["roll-back", str(base), "--url", server.url])
+        assert capsys.readouterr().out == f"{base}: version 2 is withdrawn; 1 serves at {server.url}\n"
+        pipeline.main(["restore", str(base), "--url", server.url])
+        assert capsys.readouterr().out == f"{base}: version 2 is back; 2 serves at {server.url}\n"
+    with serve("half_plus", base, file_system_poll_wait_seconds=0) as server:  # never looks again
+        server.wait_available(2)
+        with pytest.raises(InputError, match=r"the folder is changed, but after 0.3 s .* serves 2 and not 1"):
+            pipeline.main(["roll-back", str(base), "--url", server.url, "--timeout", "0.3"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "usage: "),
+        (["rollback", "exports/m"], "usage: "),
+        (["versions"], "usage: "),
+        (["versions", "exports/m", "--all"], "--all is not known"),
+        (["roll-back", "exports/m", "--ulr", "x"], "--ulr"),
+        (["warm-up", "exports/m"], "say where the requests are logged"),
+    ],
+)
+def test_what_the_command_does_not_know_is_one_line(words, said):
+    with pytest.raises(InputError, match=said):
+        pipeline.main(words)
+
+
 def test_kill_9_in_a_push_leaves_no_version_and_the_next_push_makes_it(tmp_path):
     made, base = version_folder(tmp_path / "made" / "7"), tmp_path / "model"
     code = f"""
@@ -346,8 +424,12 @@ def test_models_config_is_what_the_stock_server_parses(tmp_path):
     from google.protobuf import text_format
     from tensorflow_serving.config import model_server_config_pb2
 
-    text = pipeline.models_config({"a": tmp_path / "a", "b": tmp_path / "b"})
+    text = pipeline.models_config({"a": tmp_path / "a", "b": tmp_path / "b"}, {"b": tmp_path / "log"})
     parsed = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
     assert [(entry.name, entry.base_path) for entry in parsed.model_config_list.config] == [
         ("a", str(tmp_path / "a")), ("b", str(tmp_path / "b"))
     ]  # fmt: skip
+    assert [entry.HasField("logging_config") for entry in parsed.model_config_list.config] == [False, True]
+    assert parsed.model_config_list.config[1].logging_config.log_collector_config.filename_prefix == str(
+        tmp_path / "log"
+    )

@@ -1,4 +1,4 @@
-"""The embedded server against every case of the protocol's conformance file."""
+"""The embedded server against every case of the protocol's two conformance files."""
 
 import shutil
 import time
@@ -10,7 +10,7 @@ from serving.server import serve
 from tests import serving_conformance as conformance
 from tests import serving_models
 
-REST, GRPC = ({case["id"]: case for case in conformance.CASES[kind]} for kind in ("rest_cases", "grpc_cases"))
+REST, GRPC = ({case["id"]: case for case in cases} for cases in (conformance.REST, conformance.GRPC))
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,11 @@ def predict(target, name, x):
     return list(response.outputs["y"].float_val)
 
 
-def test_the_case_file_is_whole():
-    assert (len(REST), len(GRPC)) == (98, 14)
+def test_the_case_files_are_whole():
+    assert [len(conformance.CASES[kind]) for kind in ("rest_cases", "grpc_cases")] == [98, 14]
+    more = [case for kind in ("rest_cases", "grpc_cases") for case in conformance.MORE[kind]]
+    assert len(REST) + len(GRPC) == 98 + 14 + len(more)  # no name twice
+    assert all(case["source"] and case["basis"] and case["expect"] for case in more)
 
 
 @pytest.mark.parametrize(

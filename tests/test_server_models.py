@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from serving.client import Client, ServingError
-from serving.server import backends, serve
+from serving.server import backends, batching, serve
 from serving.server.batching import Batcher
 from serving.server.settings import Batching, Settings
+from serving.server.signatures import PREDICT
 from serving.server.status import StatusError
 from tests import serving_models
 from tests.test_server_conformance import wait_for
@@ -194,6 +195,8 @@ def test_concurrent_requests_get_their_own_rows(folder):
 class Doubler:
     """A model whose runs can be held up: y = 2 x; refuses 13."""
 
+    steady = frozenset()
+
     def __init__(self):
         self.batches = []
         self.go = threading.Event()
@@ -245,6 +248,63 @@ def test_only_row_wise_signatures_share_runs():
     outcomes, batches = run_batches(Batching(num_batch_threads=1), [[n] for n in range(4)], row_wise=False)
     assert [outcome["y"].tolist() for outcome in outcomes] == [[0], [2], [4], [6]]
     assert batches == [1, 1, 1, 1]
+
+
+def test_only_a_lone_quick_and_steady_request_runs_on_the_event_loop(monkeypatch):
+    monkeypatch.setattr(batching, "_SHORT_RUN", 0.01)  # the machine may be busy
+
+    class Model:
+        """Tells on which thread it runs."""
+
+        steady = frozenset({"s"})
+
+        def __init__(self, seconds=0.0):
+            self.seconds = seconds
+
+        def run(self, signature, inputs, outputs):
+            time.sleep(self.seconds)
+            return {"y": np.array([threading.current_thread() is threading.main_thread()] * len(inputs["x"]))}
+
+    def on_loop(model, *bursts, name="s"):
+        signature = type("Signature", (), {"name": name, "row_wise": True})
+
+        async def ask():
+            with ThreadPoolExecutor(2) as pool:
+                batcher, found = Batcher(model, pool, Batching()), []
+                for burst in bursts:
+                    runs = [batcher.run(signature, {"x": value}, ("y",)) for value in burst]
+                    found.append([bool(outputs["y"][0]) for outputs in await asyncio.gather(*runs)])
+                    await asyncio.to_thread(batcher.wait_idle, 10)
+                return found
+
+        return asyncio.run(ask())
+
+    one, many, text = np.zeros((1, 4)), np.zeros((100_000, 4)), np.full((1, 1), b"x", object)
+    assert on_loop(Model(), [one], [one], [one, one], [many]) == [[False], [True], [False, False], [False]]
+    assert on_loop(Model(), [one], [one], name="another")[1] == [False]  # not steady
+    assert on_loop(Model(), [text], [text])[1] == [False]
+    assert on_loop(Model(seconds=0.02), [one], [one])[1] == [False]
+
+
+def test_loops_make_the_signatures_behind_them_unsteady(tmp_path):
+    def build(tf):
+        x, words = tf.placeholder(tf.float32, [None], "x"), tf.placeholder(tf.string, [None], "words")
+        looped = tf.map_fn(lambda row: 2 * row, x)
+        return {
+            "plain": (PREDICT, {"x": x}, {"y": 2 * x}),
+            "looped": (PREDICT, {"x": x}, {"y": looped}),
+            "both": (PREDICT, {"x": x}, {"y": 2 * x, "z": looped}),
+            "words": (PREDICT, {"words": words}, {"y": tf.strings.length(words)}),
+        }
+
+    serving_models.save_graph(tmp_path / "1", build)
+    model = backends.load(tmp_path / "1", Settings())
+    assert model.steady == {"plain", "words"}
+    model.close()
+    serving_models.save_product(tmp_path / "2")  # a restored tf.function
+    model = backends.load(tmp_path / "2", Settings())
+    assert "serving_default" in model.steady
+    model.close()
 
 
 def test_a_full_queue_refuses():

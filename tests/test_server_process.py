@@ -16,7 +16,7 @@ from course.core.errors import InputError
 from serving import client as client_module
 from serving.client import Client, ServingError
 from serving.server import serve, spawn
-from serving.server.__main__ import _stock_booleans, _stop_at_end_of_input
+from serving.server.__main__ import _own, _stop_at_end_of_input
 from serving.server.settings import Settings, read_batching
 from tests import serving_models
 
@@ -125,12 +125,12 @@ def test_batching_parameters_are_read(tmp_path):
 
 def test_the_stock_spellings_of_a_flag():
     given = ["--port=1", "--prefer_tflite_model=true", "--enable_batching=0", "--rest_api_enable_cors_support"]
-    settings = flags.read(Settings(), _stock_booleans([*given, "--model_name", "m"]), prog="server")
+    settings = flags.read(Settings(), _own([*given, "--model_name", "m"]), prog="server")
     assert (settings.port, settings.model_name) == (1, "m")
     assert (settings.prefer_tflite_model, settings.enable_batching, settings.batching.enabled) == (True, False, False)
     assert settings.rest_api_enable_cors_support
     with pytest.raises(InputError, match="give true or false"):
-        _stock_booleans(["--enable_batching=maybe"])
+        _own(["--enable_batching=maybe"])
 
 
 def test_the_client_says_what_is_wrong(folder, tmp_path, capsys):

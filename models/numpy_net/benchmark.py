@@ -7,16 +7,13 @@ seconds, and is timed once.
 
 import dataclasses
 import os
-import sys
 import time
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from threadpoolctl import threadpool_info
 
-from course.core import InputError, cli, flags
+from course.core import InputError, bounds, cli, flags
+from course.core.bounds import Ratio
 from models.numpy_net import conv, knn
 
 NAIVE_BOUND = 50  # at least: naive convolution / fast convolution
@@ -37,26 +34,6 @@ class Benchmark:
 
     rounds: int = 8  # turns of each function; its time is the least of them
     seed: int = 0  # of the numbers worked on
-
-
-@dataclasses.dataclass
-class Ratio:
-    """Times of two functions in milliseconds, and the bound that their ratio must keep."""
-
-    what: str
-    over: str  # "naive / fast": which two
-    first: float
-    second: float
-    bound: float
-    at_least: bool  # else: at most
-
-    @property
-    def value(self):
-        return self.first / self.second
-
-    @property
-    def met(self):
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
 def least_times(functions, rounds, burst=4):
@@ -176,32 +153,14 @@ def neighbours(rounds, seed, examples=5_000, queries=500, features=3_072, k=5):
     return found
 
 
-def show(found, count):
-    """The ratios as a table on the terminal; `count`: the cores that both sides used."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("what", "ratio of", "ms", "ms", "ratio", "bound", ""):
-        table.add_column(column, justify="left" if column in ("what", "ratio of", "") else "right", no_wrap=True)
-    for ratio in found:
-        bound = f"{'>=' if ratio.at_least else '<='} {ratio.bound:g}"
-        verdict = "[green]met[/]" if ratio.met else "[bold red]MISSED[/]"
-        table.add_row(ratio.what, ratio.over, f"{ratio.first:.4g}", f"{ratio.second:.4g}", f"{ratio.value:.3g}", bound,
-                      verdict)  # fmt: skip
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(table)
-    console.print(f"convolutions: forward and backward, float32.  NumPy's threads and cores: {count}.")
-    console.print("The least time of each, in turns of one run; the naive form once.")
-
-
 def main(argv):
     options = flags.read(Benchmark(), argv, prog="python -m models.numpy_net.benchmark", description=__doc__)
     count = cores()
     found = convolutions(options.rounds, options.seed) + neighbours(options.rounds, options.seed)
-    show(found, count)
-    missed = [ratio for ratio in found if not ratio.met]
-    for ratio in missed:
-        print(f"missed: {ratio.what}, {ratio.over}: {ratio.value:.3g}, bound {ratio.bound:g}", file=sys.stderr)
-    if missed:
-        raise SystemExit(1)
+    bounds.show(found)
+    print(f"convolutions: forward and backward, float32.  NumPy's threads and cores: {count}.")
+    print("The least time of each, in turns of one run; the naive form once.")
+    bounds.conclude(found)
 
 
 if __name__ == "__main__":

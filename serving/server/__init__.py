@@ -55,7 +55,7 @@ class ChildServer:
     def wait_available(self, version=None, timeout=60):
         """Wait until a version (any, where None) serves; `StatusError` with its error, or when the time is up."""
         what = f"/v1/models/{quote(self.model_name, safe='')}" + ("" if version is None else f"/versions/{version}")
-        deadline = time.monotonic() + timeout
+        deadline, failing_since = time.monotonic() + timeout, None
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise StatusError("UNAVAILABLE", f"the server process ended with status {self.process.returncode}")
@@ -64,7 +64,9 @@ class ChildServer:
                     states = json.load(response)["model_version_status"]
                 if any(entry["state"] == "AVAILABLE" for entry in states):
                     return
-                if all(entry["state"] == "END" for entry in states):
+                has_failed = all(entry["state"] == "END" for entry in states)
+                failing_since = (failing_since or time.monotonic()) if has_failed else None
+                if has_failed and time.monotonic() - failing_since > 2:  # not at once: an older one may stand in yet
                     status = states[0]["status"]
                     raise StatusError(status["error_code"], status["error_message"])
             time.sleep(0.05)

@@ -5,17 +5,30 @@ import os
 import signal
 import sys
 import threading
+from importlib import metadata
 
 from course import core
 from course.core import flags
 from serving.server.settings import Settings
 
 _TRUE, _FALSE = ("true", "t", "1"), ("false", "f", "0")
+# flags of the stock server that set what does not exist here; a command line written for it starts all the same
+_WITHOUT_EFFECT = {
+    "enable_profiler", "flush_filesystem_caches", "grpc_max_threads", "mixed_precision",
+    "num_tflite_interpreters_per_pool", "num_tflite_pools", "platform_config_file",
+    "remove_unused_fields_from_bundle_metagraph", "rest_api_num_threads", "skip_initialize_tpu",
+    "thread_pool_factory_config_file", "use_alts_credentials", "xla_cpu_compilation_enabled",
+    "xla_gpu_compilation_enabled",
+}  # fmt: skip
 
 
 def main(argv):
     """Parse the flags, serve, and drain at the end."""
-    settings = flags.read(Settings(), _stock_booleans(argv), prog="python -m serving.server")
+    if any(_flag(word) == ("version", value) for word in argv for value in ("", *_TRUE)):
+        print(f"Embedded model server: TensorFlow Serving's protocol {metadata.version('tensorflow-serving-api')}")
+        print(f"TensorFlow Library: {metadata.version('tensorflow')}")
+        return
+    settings = flags.read(Settings(), _own(argv), prog="python -m serving.server")
     from serving.server.runner import Running  # imports TensorFlow: not before the flags are known to be right
 
     running = Running(settings)
@@ -26,18 +39,32 @@ def main(argv):
     running.run(lambda: threading.Thread(target=_announce, args=(running,), daemon=True).start())
 
 
-def _stock_booleans(argv):
-    """Turn the stock server's --flag=true and --flag=false into --flag and --no_flag."""
+def _own(argv):
+    """The command line as `flags.read` takes it: the stock server's spelling of booleans, and its other flags, undone.
+
+    The stock server takes `--flag`, `--flag=true` and `--flag=false` for a boolean, `--flag=value` for anything else.
+    """
     booleans = {entry.name for entry in dataclasses.fields(Settings) if entry.type is bool}
     words = []
     for word in argv:
-        name, given, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and name in booleans and given:
+        name, value = _flag(word)
+        if name in _WITHOUT_EFFECT:
+            if name == "use_alts_credentials" and value.lower() not in _FALSE:
+                raise core.InputError("--use_alts_credentials: there is no ALTS here; --ssl_config_file gives gRPC TLS")
+            print(f"--{name} has no effect in the embedded server", file=sys.stderr, flush=True)
+            continue
+        if name in booleans and "=" in word:
             if value.lower() not in (*_TRUE, *_FALSE):
-                raise core.InputError(f"--{name}={value}: give true or false")
+                raise core.InputError(f"{word}: give true or false")
             word = f"--{name}" if value.lower() in _TRUE else f"--no_{name}"
         words.append(word)
     return words
+
+
+def _flag(word):
+    """(name, value) of a word of the command line; the name is empty where it is no flag."""
+    name, _, value = word.partition("=")
+    return (name[2:].replace("-", "_") if name.startswith("--") else "", value)
 
 
 def _stop_at_end_of_input(running):

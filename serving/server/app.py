@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import re
-import time
 import zlib
 from urllib.parse import unquote_to_bytes
 
@@ -12,9 +11,10 @@ from serving.server import codec, messages, operations
 from serving.server.signatures import CLASSIFY, DEFAULT, REGRESS, signature_named
 from serving.server.status import HTTP, StatusError, invalid
 
-_TARGET = r"/v1/models{}(?:/versions/([0-9]+)|/labels/([^/:]+))?"
-_CALL = re.compile(_TARGET.format("/([^/:]+)") + ":(classify|regress|predict)", re.IGNORECASE)
-_QUERY = re.compile(_TARGET.format("(?:/([^/:]+))?") + "(?:/(metadata))?", re.IGNORECASE)
+# the stock server's patterns; its case-blind ones let :PREDICT through and then do not know it, so that it is malformed
+_TARGET = r"(?i:/v1/models{}(?:/versions/([0-9]+)|/labels/([^/:]+))?)"
+_CALL = re.compile(_TARGET.format("/([^/:]+)") + ":(classify|regress|predict)")
+_QUERY = re.compile(_TARGET.format("(?:/([^/:]+))?") + "(?i:/(metadata))?")
 
 _JSON, _TEXT = (b"content-type", b"application/json"), (b"content-type", b"text/plain; charset=utf-8")
 _CORS = [
@@ -22,6 +22,7 @@ _CORS = [
     (b"access-control-allow-methods", b"POST, GET"),
     (b"access-control-allow-headers", b"Content-Type"),
 ]
+_MODELS = "/v1/models/"  # the list; without the last slash the protocol wants an error
 _MAX_INFLATED = 100 * 2**20
 _LARGE_BODY = 2**18  # bytes; decoding more than this would hold up the other requests, so a thread does it
 _INT64_MAX = 2**63 - 1
@@ -34,12 +35,16 @@ def application(manager, settings, metrics):
     async def app(scope, receive, send):
         if scope["type"] != "http":
             return
-        status, headers, body = await rest.answer(scope, receive)
+        try:
+            status, headers, body = await rest.answer(scope, receive)
+        except asyncio.CancelledError:  # the client has gone, or the server's grace is over
+            status, headers, body = 503, [_JSON], codec.encode_error("the server is stopping")
         if settings.rest_api_enable_cors_support:
             headers = [*headers, *_CORS]
         headers = [*headers, (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        with contextlib.suppress(asyncio.CancelledError):  # gone while it was still to take an earlier answer
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
 
     return app
 
@@ -50,24 +55,29 @@ class Rest:
     def __init__(self, manager, settings, metrics):
         self._manager = manager
         self._settings = settings
+        self._check_method = settings.enable_signature_method_name_check
         self._metrics = metrics
         self._timeout = settings.rest_api_timeout_in_ms / 1000
 
     async def answer(self, scope, receive):
         """(HTTP status, headers, body) for a request."""
         method, path = scope["method"], scope["raw_path"].decode("latin-1")
-        if method == "OPTIONS" and self._settings.rest_api_enable_cors_support:
-            return 200, [], b""
         if not path.lower().startswith("/v1/"):
             return self._beside_the_protocol(method, path)
+        if scope["query_string"]:  # a part of the path to the stock server, in which it finds no model then
+            path += "?" + scope["query_string"].decode("latin-1")
+        if method == "OPTIONS" and self._settings.rest_api_enable_cors_support:
+            return 200, [], b""
         try:
             if method == "POST" and (call := _CALL.fullmatch(path)):
                 return 200, [_JSON], await self._call(call, scope, receive)
             if method == "GET" and (query := _QUERY.fullmatch(path)):
                 return 200, [_JSON], self._query(query)
+            if method == "GET" and path.lower() == _MODELS:
+                return 200, [_JSON], messages.models_json(self._manager)
             raise invalid(f"Malformed request: {method} {path}")
         except _TooLarge as error:
-            return 413, [_JSON], codec.encode_error(str(error))
+            return 413, [_JSON], codec.encode_error(error.message)
         except StatusError as error:
             return HTTP[error.code], [_JSON], codec.encode_error(error.message)
 
@@ -75,35 +85,18 @@ class Rest:
 
     async def _call(self, match, scope, receive):
         """POST .../{model}:predict, :classify and :regress."""
-        start, status = time.perf_counter(), "OK"
         name, number, label = _target(match)
-        method = match[4].lower()
-        try:
-            body = await self._body(scope, receive)
-            async with asyncio.timeout(self._timeout):
-                if method == "predict":
-                    return await self._predict(body, name, number, label)
-                return await self._examine(body, name, number, label, CLASSIFY if method == "classify" else REGRESS)
-        except TimeoutError:
-            status = "DEADLINE_EXCEEDED"
-            raise StatusError(status, f"no answer within {self._timeout:g} seconds") from None
-        except StatusError as error:
-            status = error.code
-            raise
-        except _TooLarge:
-            status = "INVALID_ARGUMENT"
-            raise
-        except asyncio.CancelledError:
-            status = "CANCELLED"
-            raise
-        except Exception as error:
-            status = "INTERNAL"
-            raise StatusError(status, f"{type(error).__name__}: {error}") from error
-        finally:
-            if name in self._manager.models_configured:  # a made-up name must not become a metric
-                self._metrics.count_request(name, status)
-                if status == "OK":
-                    self._metrics.observe_request(name, method, "REST", (time.perf_counter() - start) * 1e6)
+        is_served = name in self._manager.models_configured
+        with self._metrics.call(name, match[4], "REST", is_served=is_served):
+            try:
+                body = await self._body(scope, receive)
+                async with asyncio.timeout(self._timeout):
+                    if match[4] == "predict":
+                        return await self._predict(body, name, number, label)
+                    call = CLASSIFY if match[4] == "classify" else REGRESS
+                    return await self._examine(body, name, number, label, call)
+            except TimeoutError:
+                raise StatusError("DEADLINE_EXCEEDED", f"no answer within {self._timeout:g} seconds") from None
 
     async def _predict(self, body, name, number, label):
         with contextlib.ExitStack() as stack:
@@ -122,8 +115,10 @@ class Rest:
                 return signature.inputs
 
             request = await _off_loop_if(len(body) > _LARGE_BODY, codec.decode_predict, body, inputs_of)
-            signature = signature_named(version.signatures, request.signature_name)
+            signature = signature_named(version.signatures, request.signature_name, self._check_method)
             outputs = await version.run(signature, signature.complete(request.inputs), signature.select(()))
+            if self._manager.request_log.samples(name):
+                self._manager.request_log.predict(version, signature, request.inputs, outputs)
         large = sum(value.size for value in outputs.values()) > _LARGE_BODY // 8
         return await _off_loop_if(large, codec.encode_predict, outputs, request.by_row)
 
@@ -131,10 +126,10 @@ class Rest:
         """Classify and Regress."""
         signature_name, examples = await _off_loop_if(len(body) > _LARGE_BODY, codec.decode_examples, body)
         with self._manager.lease(name, number, label) as version:
-            signature = operations.signature_for(
-                version.signatures, signature_name, call, self._settings.enable_signature_method_name_check
-            )
+            signature = operations.signature_for(version.signatures, signature_name, call, self._check_method)
             outputs = await version.run(signature, *operations.feed(signature, examples))
+            if self._manager.request_log.samples(name):
+                self._manager.request_log.examine(version, signature, call, examples, outputs)
         if call == REGRESS:
             return codec.encode_regressions(operations.regressions(outputs, len(examples)))
         return codec.encode_classifications(*operations.classes_and_scores(outputs, len(examples)))
@@ -142,6 +137,9 @@ class Rest:
     async def _body(self, scope, receive):
         """The request's body; gzip is inflated, and what cannot be inflated reads as empty, as in the stock server."""
         pieces, length, limit = [], 0, self._settings.rest_api_max_body_bytes
+        headers = dict(scope["headers"])
+        if int(headers.get(b"content-length", 0)) > limit:  # before any of it is read
+            raise _TooLarge(limit)
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -149,11 +147,11 @@ class Rest:
             pieces.append(message.get("body", b""))
             length += len(pieces[-1])
             if length > limit:
-                raise _TooLarge(f"the body is larger than {limit} bytes (--rest_api_max_body_bytes)")
+                raise _TooLarge(limit)
             if not message.get("more_body"):
                 break
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        if any(name == b"content-encoding" and b"gzip" in value.lower() for name, value in scope["headers"]):
+        if b"gzip" in headers.get(b"content-encoding", b"").lower():
             return await _off_loop_if(len(body) > _LARGE_BODY // 8, _inflate, body)
         return body
 
@@ -165,9 +163,9 @@ class Rest:
         if not name:
             served = ", ".join(self._manager.models_configured) or "none"
             raise invalid(
-                f"Missing model name in request. Models served: {served} (listed with their versions at /models)"
+                f"Missing model name in request. Models served: {served} (listed with their versions at {_MODELS})"
             )
-        if match[4]:
+        if match[4] == "metadata":  # the stock server answers /METADATA with the status
             return messages.metadata_json(self._manager, name, number, label)
         return messages.status_json(self._manager, name, number)
 
@@ -183,8 +181,11 @@ class Rest:
         return 404, [_TEXT], b"Not found\n"
 
 
-class _TooLarge(Exception):
+class _TooLarge(StatusError):
     """A body beyond the limit; the one answer whose HTTP status has no gRPC counterpart."""
+
+    def __init__(self, limit):
+        super().__init__("INVALID_ARGUMENT", f"the body is larger than {limit} bytes (--rest_api_max_body_bytes)")
 
 
 def _target(match):
@@ -192,7 +193,8 @@ def _target(match):
     name, number, label = (
         unquote_to_bytes(part).decode("utf-8", "replace") if part else "" for part in match.group(1, 2, 3)
     )
-    if number and int(number) > _INT64_MAX:
+    number = number.lstrip("0") or number[:1]
+    if len(number) > len(str(_INT64_MAX)) or int(number or 0) > _INT64_MAX:
         raise invalid(f"Failed to convert version: {number} to numeric.")
     return name, int(number) if number else None, label
 

@@ -1,10 +1,13 @@
-"""Loaded models.  A model is anything with `signatures`, `run(signature, inputs, outputs)` and `close()`.
+"""Loaded models.  A model is anything with `signatures`, `run(signature, inputs, outputs)` and `close()`, and with
+`steady`: the names of the signatures whose inputs' sizes tell how long a run takes, since no loop, branch or wait hangs
+on values.
 
 Two kinds exist: a SavedModel, run in a TensorFlow session as the stock server runs it, and a TFLite file.
 """
 
 import contextlib
 import queue
+import re
 import threading
 from pathlib import Path
 
@@ -12,6 +15,9 @@ import numpy as np
 
 from serving.server.signatures import DEFAULT, NUMBERS, PREDICT, Signature
 from serving.server.status import StatusError, invalid
+
+_UNSTEADY = re.compile(r"\w*(While|Dataset|Iterator|Queue|PyFunc)\w*|(Stateless)?(If|Case)|(Ref)?Enter|ReadFile")
+_UNSTEADY_LITE = {"WHILE", "IF", "CALL_ONCE", "CUSTOM"}
 
 SAVED_MODEL, LITE_MODEL = "saved_model.pb", "model.tflite"
 
@@ -26,31 +32,28 @@ def load(folder, settings):
     folder = Path(folder)
     lite = (folder / LITE_MODEL).is_file()
     if lite and (settings.prefer_tflite_model or not (folder / SAVED_MODEL).is_file()):
-        return LiteModel(folder / LITE_MODEL, settings.batching.num_batch_threads)
-    return SavedModel(folder, settings.tensorflow_intra_op_parallelism, settings.tensorflow_inter_op_parallelism)
+        threads = settings.tensorflow_intra_op_parallelism or 1
+        return LiteModel(folder / LITE_MODEL, settings.batching.num_batch_threads, threads)
+    return SavedModel(folder, settings.session_config(), settings.saved_model_tags.split(","))
 
 
 class SavedModel:
-    """A SavedModel of either TensorFlow generation, tag `serve`.
+    """A SavedModel of either TensorFlow generation; `tags` name its graph, `config` is the session's `ConfigProto`.
 
     It runs in a session on the graph, as in the stock server, rather than through `tf.saved_model.load`: a session
     feeds and fetches the tensors that the signature names, computes only the outputs asked for, frees its memory when
     it is closed, and takes half as long for a single image as calling the restored function.
     """
 
-    def __init__(self, folder, intra_op_threads=0, inter_op_threads=0):
+    def __init__(self, folder, config=None, tags=("serve",)):
         import tensorflow as tf
 
         self._tf = tf
         tf.get_logger().setLevel("ERROR")  # it recommends `tf.saved_model.load`, for every model anew
-        options = tf.compat.v1.ConfigProto(
-            intra_op_parallelism_threads=intra_op_threads, inter_op_parallelism_threads=inter_op_threads
-        )
-        options.gpu_options.allow_growth = True
         with _load_errors(), tf.Graph().as_default() as self._graph:
-            self._session = tf.compat.v1.Session(graph=self._graph, config=options)
+            self._session = tf.compat.v1.Session(graph=self._graph, config=config)
             try:
-                meta_graph = tf.compat.v1.saved_model.load(self._session, ["serve"], str(folder))
+                meta_graph = tf.compat.v1.saved_model.load(self._session, list(tags), str(folder))
             except BaseException:
                 self._session.close()
                 raise
@@ -59,6 +62,11 @@ class SavedModel:
                 name, proto, {alias: tf.make_ndarray(value) for alias, value in proto.defaults.items()}
             )
             for name, proto in meta_graph.signature_def.items()
+        }
+        self.steady = {
+            name
+            for name, signature in self.signatures.items()
+            if not any(map(_UNSTEADY.fullmatch, _operations(meta_graph.graph_def, signature)))
         }
         self._calls = {}  # (signature name, output aliases) -> compiled call
         self._inlined = {}  # signature name -> its graph with the functions inlined, for shape inference
@@ -81,6 +89,8 @@ class SavedModel:
             values = call(*(inputs[alias] for alias in signature.inputs))
         except self._tf.errors.OpError as error:
             raise _from_op_error(error, f". Expected signature: {signature}") from error
+        except UnicodeDecodeError as error:  # the error's message, which quotes the bytes of an input at fault
+            raise invalid(f"{error.object.decode('utf-8', 'replace')}. Expected signature: {signature}") from error
         return dict(zip(outputs, map(_as_array, values), strict=True))
 
     def _compile(self, signature, outputs):
@@ -159,9 +169,12 @@ class SavedModel:
 
 
 class LiteModel:
-    """A TFLite file.  An interpreter serves one call at a time, so there is one for each worker thread."""
+    """A TFLite file.  An interpreter serves one call at a time, so there is one for each worker thread.
 
-    def __init__(self, path, interpreters=2):
+    `threads`: XNNPACK's, in each interpreter.  One is best under load, when all cores have calls of their own.
+    """
+
+    def __init__(self, path, interpreters=2, threads=1):
         from ai_edge_litert.interpreter import Interpreter
         from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef
 
@@ -169,10 +182,15 @@ class LiteModel:
         self._free = queue.LifoQueue()  # the interpreter used last has its memory in the cache
         with _load_errors():
             for _ in range(interpreters):
-                interpreter = Interpreter(model_content=content, num_threads=1)
+                interpreter = Interpreter(model_content=content, num_threads=threads)
                 interpreter.allocate_tensors()
                 names = interpreter.get_signature_list() or {None: None}
                 self._free.put({name or DEFAULT: interpreter.get_signature_runner(name) for name in names})
+        # the operators have no public name; a signature's own ones are not listed where there are several
+        operators = {operator["op_name"] for operator in interpreter._get_ops_details()}
+        self.steady = (
+            {name or DEFAULT for name in names} if len(names) == 1 and not operators & _UNSTEADY_LITE else set()
+        )
         self.signatures = {}
         with self._borrow() as runners:
             for name, runner in runners.items():
@@ -211,6 +229,27 @@ class LiteModel:
     def close(self):
         """Let go of the interpreters; their memory goes with them."""
         self._free = queue.LifoQueue()
+
+
+def _operations(graph, signature):
+    """The kinds of operation in a `GraphDef` that a signature's outputs hang on, those of called functions included."""
+    nodes = {node.name: node for node in graph.node}
+    functions = {function.signature.name: function.node_def for function in graph.library.function}
+    kinds, seen = set(), set()
+    waiting = [spec.name.split(":")[0] for spec in signature.outputs.values()]
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        body = [nodes[name]] if name in nodes else functions[name]
+        for node in body:
+            kinds.add(node.op)
+            called = (function.name for attr in node.attr.values() for function in (attr.func, *attr.list.func))
+            waiting += [function for function in called if function in functions]
+        if name in nodes:  # a function runs whole
+            waiting += [source.split(":")[0].lstrip("^") for source in nodes[name].input]
+    return kinds
 
 
 def _as_array(value):

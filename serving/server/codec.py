@@ -1,14 +1,15 @@
 """Requests and answers as JSON: row and column format for Predict, tf.Examples for Classify and Regress.
 
-A request takes one of two ways in.  Where it holds a single array of numbers for a single numeric input - images,
-usually - simdjson reads it straight into one buffer; everything else is parsed into Python values.  Both ways give the
-same arrays, and every refusal comes from the second, which names the element at fault.
+A request takes one of two ways in.  Where it holds regular arrays of numbers for numeric inputs - images, usually -
+simdjson reads each straight into a buffer; everything else is parsed into Python values.  Both ways give the same
+arrays, and every refusal comes from the second, which names the element at fault.
 """
 
 import base64
 import binascii
 import functools
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +17,9 @@ import simdjson
 
 from serving.server import jsontext
 from serving.server.jsontext import show
-from serving.server.signatures import DTYPES, NAMES
+from serving.server.signatures import DTYPES, MAX_RANK, NAMES
 from serving.server.status import StatusError, invalid
 
-MAX_RANK = 254  # TensorFlow's own bound; also ends the walk into a bottomless list
 _INTEGERS = {np.dtype(DTYPES[number][1]) for number in (3, 4, 5, 6, 9, 22, 23)}
 _FLOATS = {np.dtype(np.float32), np.dtype(np.float64)}
 _STRING, _BOOL = np.dtype(np.object_), np.dtype(np.bool_)
@@ -39,13 +39,14 @@ def decode_predict(body, inputs_of):
     return _decode_numbers(body, inputs_of) or _decode_document(_document(body), inputs_of)
 
 
-# --- one array of numbers, read by simdjson ---------------------------------------------------------------------------
+# --- numbers, read by simdjson ----------------------------------------------------------------------------------------
 
 _NOT_SKELETON = b"0123456789.+-eE \t\r\n"
+_CACHED_PATTERN = 2**16  # bytes; longer ones are built anew, lest a few large requests stay in memory for ever
 
 
 def _decode_numbers(body, inputs_of):
-    """The fast way in; None where the body is anything but one regular array of numbers for one numeric input."""
+    """The fast way in; None where the body is anything but regular arrays of numbers, one for each numeric input."""
     try:
         document = simdjson.Parser().parse(body)
     except (ValueError, RuntimeError, UnicodeDecodeError):  # malformed, too deep, or NaN: the other way says which
@@ -57,31 +58,101 @@ def _decode_numbers(body, inputs_of):
         return None
     name = document.get("signature_name", "")
     values = document["instances" if by_row else "inputs"]
-    if not isinstance(values, simdjson.Array) or not isinstance(name, str):
+    if not isinstance(values, simdjson.Array | simdjson.Object) or not isinstance(name, str):
         return None
     specs = inputs_of(name)
+    if not specs or any(spec.dtype not in _FLOATS | _INTEGERS for spec in specs.values()):
+        return None
+    named = isinstance(values, simdjson.Object) or (len(values) and isinstance(values[0], simdjson.Object))
+    if not named:
+        arrays = _one_array(body, values, specs)
+    elif by_row:
+        arrays = _named_rows(body, values, specs)
+    else:
+        arrays = _named_columns(body, values, specs)
+    return arrays and PredictRequest(name, arrays, by_row)
+
+
+def _one_array(body, values, specs):
+    """[[1, 2], [3, 4]]: the only input, or None."""
     if len(specs) != 1:
         return None
     ((alias, spec),) = specs.items()
-    if spec.dtype in _FLOATS:
-        buffer_type, wide = "d", np.float64
-    elif spec.dtype in _INTEGERS:
-        buffer_type, wide = ("u", np.uint64) if spec.dtype == np.uint64 else ("i", np.int64)
-    else:
-        return None
     shape = _leading_shape(values, simdjson.Array)
-    if 0 in shape or not _is_regular(body, shape):
+    if 0 in shape or not _is_skeleton(body, _length(shape), lambda: _pattern(shape[0], _row_pattern(shape[1:]))):
         return None
+    array = _joined([values], shape, spec.dtype)
+    return None if array is None else {alias: array.reshape(shape)}
+
+
+def _named_columns(body, columns, specs):
+    """{"a": [[1], [2]], "b": [3, 4]}: each input as a whole, or None."""
+    if not isinstance(columns, simdjson.Object) or sorted(columns) != sorted(specs):
+        return None
+    shapes = {alias: _leading_shape(columns[alias], simdjson.Array) for alias in columns}
+    if any(not shape or 0 in shape for shape in shapes.values()):
+        return None
+    keys = [b"", *(b"," + _key(alias) for alias in [*shapes][1:])]
+    length = sum(len(key) + _length(shape) for key, shape in zip(keys, shapes.values(), strict=True))
+    if not _is_skeleton(
+        body, length, lambda: b"".join(k + _row_pattern(s) for k, s in zip(keys, shapes.values(), strict=True))
+    ):
+        return None
+    arrays = {alias: _joined([columns[alias]], shapes[alias], spec.dtype) for alias, spec in specs.items()}
+    if any(array is None for array in arrays.values()):
+        return None
+    return {alias: array.reshape(shapes[alias]) for alias, array in arrays.items()}
+
+
+def _named_rows(body, rows, specs):
+    """[{"a": [1], "b": [2, 3]}, ...]: the rows of each input, or None."""
+    if not isinstance(rows, simdjson.Array) or sorted(rows[0]) != sorted(specs):
+        return None
+    shapes = {alias: _leading_shape(rows[0][alias], simdjson.Array) for alias in rows[0]}
+    if any(not shape or 0 in shape for shape in shapes.values()):
+        return None
+    keys = {alias: _key(alias) for alias in shapes}
+    length = sum(len(keys[alias]) + _length(shape) for alias, shape in shapes.items()) + len(shapes) - 1 + 2
+    count = len(rows)
+
+    def pattern():
+        return _pattern(count, b"{" + b",".join(keys[a] + _row_pattern(shape) for a, shape in shapes.items()) + b"}")
+
+    if not _is_skeleton(body, count * length + count - 1 + 2, pattern):
+        return None
+    rows, arrays = list(rows), {}
+    for alias, spec in specs.items():
+        try:
+            column = [row[alias] for row in rows]
+        except KeyError:  # a name that differs from the first row's in its digits alone
+            return None
+        if not all(isinstance(value, simdjson.Array) for value in column):
+            return None
+        array = _joined(column, shapes[alias], spec.dtype)
+        if array is None:
+            return None
+        arrays[alias] = array.reshape(count, *shapes[alias])
+    return arrays
+
+
+def _joined(values, shape, dtype):
+    """The numbers of simdjson arrays, each of `shape`, one after another as `dtype`; None where one is not that."""
+    if dtype in _FLOATS:
+        kind, wide = "d", np.float64
+    else:
+        kind, wide = ("u", np.uint64) if dtype == np.uint64 else ("i", np.int64)
     try:
-        flat = np.frombuffer(values.as_buffer(of_type=buffer_type), wide)
+        parts = [np.frombuffer(value.as_buffer(of_type=kind), wide) for value in values]
     except (TypeError, ValueError):  # an element that is not a number of this kind
         return None
-    if flat.size != int(np.prod(shape)):
+    size = math.prod(shape)
+    if any(part.size != size for part in parts):
         return None
-    if spec.dtype in _INTEGERS and not _in_range(flat, spec.dtype):
+    flat = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if dtype in _INTEGERS and not _in_range(flat, dtype):
         return None
     with np.errstate(over="ignore"):  # a number beyond float32 is infinite, as in the stock server
-        return PredictRequest(name, {alias: flat.reshape(shape).astype(spec.dtype)}, by_row)
+        return flat.astype(dtype)
 
 
 def _leading_shape(values, kind):
@@ -95,26 +166,41 @@ def _leading_shape(values, kind):
     return tuple(shape)
 
 
-def _is_regular(body, shape):
-    """Whether the only brackets in `body` are those of an array of `shape`.
+def _is_skeleton(body, length, pattern):
+    """Whether the brackets, commas and names in `body`, from the first [ to the last ], are those of `pattern()`.
 
     simdjson's buffer is flat: [[1, 2], [3]] and [[1], [2, 3]] look alike in it.  With digits and spaces removed, what
-    is left of a regular array is a pattern that its shape alone decides.
+    is left of regular arrays is a pattern that names and shapes alone decide.  It is built only where its `length` is
+    right: the first rows may promise more than the body holds.
     """
     skeleton = body.translate(None, _NOT_SKELETON)
     start, end = skeleton.find(b"["), skeleton.rfind(b"]") + 1
-    length = 0  # of the pattern, before building it: the first rows may promise more than the body holds
+    return end - start == length and skeleton[start:end] == pattern()
+
+
+def _key(alias):
+    """A name and its colon as they stand in a skeleton."""
+    return f'"{alias}":'.encode().translate(None, _NOT_SKELETON)
+
+
+def _length(shape):
+    """Length in bytes of the pattern of an array of `shape`: brackets and commas."""
+    length = 0
     for position, size in enumerate(reversed(shape)):
         length = (size if position else 0) * length + size - 1 + 2
-    return end - start == length and skeleton[start:end] == _pattern(shape[0], _row_pattern(shape[1:]))
+    return length
 
 
 def _pattern(size, item):
     return b"[" + b",".join([item] * size) + b"]"
 
 
-@functools.lru_cache(maxsize=64)
 def _row_pattern(shape):
+    return _cached_pattern(shape) if _length(shape) <= _CACHED_PATTERN else _cached_pattern.__wrapped__(shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_pattern(shape):
     pattern = b""
     for size in reversed(shape):
         pattern = _pattern(size, pattern)
@@ -302,9 +388,13 @@ def _bytes(leaf):
             return leaf.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError:
             raise invalid("JSON Parse error: The surrogate pair in string is invalid.") from None
-    text = "".join(leaf["b64"].split()).rstrip("=")
+    text = b"".join(leaf["b64"].encode("utf-8", "replace").split())
+    digits = text.rstrip(b"=.")  # absl, which decodes this in the stock server, pads with either
+    missing = -len(digits) % 4
     try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        if len(text) - len(digits) not in (0, missing):
+            raise ValueError
+        return base64.b64decode(digits + b"=" * missing, validate=True)
     except (binascii.Error, ValueError):
         raise invalid("Unable to base64 decode") from None
 

@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
-import time
 
 import grpc
-from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
+from tensorflow_serving.apis import model_service_pb2, prediction_service_pb2
 from tensorflow_serving.apis.classification_pb2 import ClassificationResponse
 from tensorflow_serving.apis.inference_pb2 import MultiInferenceResponse
 from tensorflow_serving.apis.model_management_pb2 import ReloadConfigResponse
@@ -13,17 +14,47 @@ from tensorflow_serving.apis.model_pb2 import ModelSpec
 from tensorflow_serving.apis.predict_pb2 import PredictResponse
 from tensorflow_serving.apis.regression_pb2 import RegressionResponse
 
-from serving.server import messages, operations, tensors
+from serving.server import health, messages, operations, tensors
 from serving.server.signatures import CLASSIFY, DEFAULT, REGRESS, signature_named
 from serving.server.status import StatusError, invalid
 
 
-def register(server, manager, settings, metrics):
-    """Add both services to a `grpc.aio` server."""
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
-        PredictionService(manager, settings, metrics), server
+def register(server, manager, settings, metrics, stopped):
+    """Add the services to a `grpc.aio` server; the event `stopped` is set when it is to end."""
+    for servicer, file in (
+        (PredictionService(manager, settings, metrics), prediction_service_pb2),
+        (ModelService(manager), model_service_pb2),
+    ):
+        (service,) = file.DESCRIPTOR.services_by_name.values()
+        handlers = {method.name: _handler(getattr(servicer, method.name), method) for method in service.methods}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+    if settings.enable_grpc_healthcheck_service:
+        server.add_generic_rpc_handlers((health.handler(stopped),))
+
+
+def _handler(answer, method):
+    """The gRPC handler of a method; a message that cannot be read is INTERNAL, as the stock server's gRPC has it."""
+    request_type, response_type = map(GetMessageClass, (method.input_type, method.output_type))
+
+    async def read_and_answer(content, context):
+        try:
+            request = request_type.FromString(content)
+        except DecodeError as error:  # grpc.aio, left to read it, would answer UNKNOWN
+            await context.abort(grpc.StatusCode.INTERNAL, f"the request is no {method.input_type.name}: {error}")
+        return await answer(request, context)
+
+    return grpc.unary_unary_rpc_method_handler(read_and_answer, response_serializer=response_type.SerializeToString)
+
+
+def credentials(ssl):
+    """The credentials of a server's gRPC ports from an `SSLConfig`, whose fields are PEM texts; None without one."""
+    if ssl is None:
+        return None
+    return grpc.ssl_server_credentials(
+        [(ssl.server_key.encode(), ssl.server_cert.encode())],
+        root_certificates=ssl.custom_ca.encode() or None,
+        require_client_auth=ssl.client_verify,
     )
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(manager), server)
 
 
 @contextlib.asynccontextmanager
@@ -35,51 +66,39 @@ async def _statuses(context):
         await context.abort(grpc.StatusCode[error.code], error.message)
 
 
-class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
+class PredictionService:
     """Predict, Classify, Regress, MultiInference and GetModelMetadata."""
 
     def __init__(self, manager, settings, metrics):
         self._manager = manager
+        self._request_log = manager.request_log
         self._check_method = settings.enable_signature_method_name_check
+        self._fill = tensors.to_content if settings.enable_serialization_as_tensor_content else tensors.to_proto
         self._metrics = metrics
 
     @contextlib.asynccontextmanager
     async def _lease(self, request, spec, api, context):
         """Yield the version that `spec` names; count and time the call."""
-        start, status = time.perf_counter(), "OK"
-        try:
-            async with _statuses(context):
-                try:
-                    if not (request.tasks if api == "MultiInference" else request.HasField("model_spec")):
-                        raise invalid("Missing ModelSpec")
-                    with self._manager.lease(spec.name, _number(spec), spec.version_label) as version:
-                        yield version
-                except StatusError as error:
-                    status = error.code
-                    raise
-                except asyncio.CancelledError:
-                    status = "CANCELLED"
-                    raise
-                except Exception as error:
-                    status = "INTERNAL"
-                    raise StatusError(status, f"{type(error).__name__}: {error}") from error
-        finally:
-            if spec.name in self._manager.models_configured:
-                self._metrics.count_request(spec.name, status)
-                if status == "OK":
-                    self._metrics.observe_request(spec.name, api, "GRPC", (time.perf_counter() - start) * 1e6)
+        is_served = spec.name in self._manager.models_configured
+        async with _statuses(context):
+            with self._metrics.call(spec.name, api, "GRPC", is_served=is_served):
+                if api != "MultiInference" and not request.HasField("model_spec"):
+                    raise invalid("Missing ModelSpec")
+                with self._manager.lease(spec.name, _number(spec), spec.version_label) as version:
+                    yield version
 
     async def Predict(self, request, context):
         """Run a signature on tensors."""
         async with self._lease(request, request.model_spec, "Predict", context) as version:
-            signature = signature_named(version.signatures, request.model_spec.signature_name)
-            inputs = {alias: tensors.from_proto(value) for alias, value in request.inputs.items()}
-            inputs, wanted = signature.complete(inputs), signature.select(request.output_filter)
+            signature = signature_named(version.signatures, request.model_spec.signature_name, self._check_method)
+            inputs = signature.complete(tensors.from_protos(request.inputs))
+            wanted = signature.select(request.output_filter)
             outputs = await version.run(signature, inputs, wanted)
             response = PredictResponse()
-            _describe(response.model_spec, version, signature)
+            messages.describe(response.model_spec, version, signature)
             for alias, value in outputs.items():
-                tensors.to_proto(value, response.outputs[alias])
+                self._fill(value, response.outputs[alias])
+            self._log(version, "predict_log", request, response)
             return response
 
     async def Classify(self, request, context):
@@ -87,6 +106,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         async with self._lease(request, request.model_spec, "Classify", context) as version:
             response = ClassificationResponse()
             await self._examine(version, request.model_spec, CLASSIFY, request.input, response)
+            self._log(version, "classify_log", request, response)
             return response
 
     async def Regress(self, request, context):
@@ -94,13 +114,14 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         async with self._lease(request, request.model_spec, "Regress", context) as version:
             response = RegressionResponse()
             await self._examine(version, request.model_spec, REGRESS, request.input, response)
+            self._log(version, "regress_log", request, response)
             return response
 
     async def MultiInference(self, request, context):
         """Several Classify and Regress calls of one model on the same tf.Examples."""
         spec = request.tasks[0].model_spec if request.tasks else ModelSpec()
         async with self._lease(request, spec, "MultiInference", context) as version:
-            _check_tasks(request.tasks, version.signatures)
+            _check_tasks(request.tasks, version.signatures, self._check_method)
             response = MultiInferenceResponse()
             for task in request.tasks:
                 result = response.results.add()
@@ -109,25 +130,19 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
                 result.model_spec.CopyFrom(part.model_spec)
                 kind = "regression_result" if task.method_name == REGRESS else "classification_result"
                 getattr(result, kind).CopyFrom(part.result)
+            self._log(version, "multi_inference_log", request, response)
             return response
+
+    def _log(self, version, kind, request, response):
+        if self._request_log.samples(version.name):
+            self._request_log.messages(version, kind, request, response)
 
     async def _examine(self, version, spec, method, examples, response):
         signature = operations.signature_for(version.signatures, spec.signature_name, method, self._check_method)
         examples = operations.examples_of(examples)
         outputs = await version.run(signature, *operations.feed(signature, examples))
-        _describe(response.model_spec, version, signature)
-        if method == REGRESS:
-            for value in operations.regressions(outputs, len(examples)).tolist():
-                response.result.regressions.add(value=value)
-            return
-        classes, scores = operations.classes_and_scores(outputs, len(examples))
-        for row in range(len(examples)):
-            classifications = response.result.classifications.add()
-            for column in range((classes if scores is None else scores).shape[1]):
-                classifications.classes.add(
-                    label="" if classes is None else classes[row, column].decode("utf-8", "replace"),
-                    score=0 if scores is None else scores[row, column],
-                )
+        messages.describe(response.model_spec, version, signature)
+        messages.fill_result(response.result, method, outputs, len(examples))
 
     async def GetModelMetadata(self, request, context):
         """The signatures of a version."""
@@ -143,7 +158,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
             return messages.metadata_message(self._manager, spec.name, _number(spec), spec.version_label)
 
 
-class ModelService(model_service_pb2_grpc.ModelServiceServicer):
+class ModelService:
     """GetModelStatus and HandleReloadConfigRequest."""
 
     def __init__(self, manager):
@@ -174,12 +189,7 @@ def _number(spec):
     return spec.version.value if spec.HasField("version") else None
 
 
-def _describe(spec, version, signature):
-    """Tell in an answer which version and signature gave it."""
-    spec.name, spec.signature_name, spec.version.value = version.name, signature.name, version.number
-
-
-def _check_tasks(tasks, signatures):
+def _check_tasks(tasks, signatures, check_method):
     """Refuse the combinations of tasks that one MultiInference call cannot answer together."""
     seen, tensor_names = set(), set()
     for task in tasks:
@@ -195,7 +205,7 @@ def _check_tasks(tasks, signatures):
             raise invalid(f"Requested signature not found in model graph: {name}")
         if task.method_name not in (CLASSIFY, REGRESS):
             raise StatusError("UNIMPLEMENTED", f"Unsupported signature method_name: {task.method_name}")
-        signature = operations.signature_for(signatures, name, task.method_name)
+        signature = operations.signature_for(signatures, name, task.method_name, check_method)
         tensor_names |= {spec.name for spec in signature.inputs.values()}
     if len(tensor_names) > 1:
         raise invalid("Input tensor must be the same for all Signatures.")

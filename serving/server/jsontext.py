@@ -7,6 +7,7 @@ digits where they read back to the same number, otherwise all of them, and whole
 
 import itertools
 import json
+import math
 import re
 from json.decoder import scanstring
 
@@ -26,7 +27,13 @@ def _first_wins(pairs):
     return dict(reversed(pairs))
 
 
-_decoder = json.JSONDecoder(object_pairs_hook=_first_wins)
+def _double(token):
+    if math.isinf(value := float(token)):  # 1e999: Python takes it, the protocol does not
+        raise ValueError(token)
+    return value
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_first_wins, parse_float=_double)
 
 
 def parse(body):
@@ -35,7 +42,7 @@ def parse(body):
     start = _SPACE.match(text).end()
     try:
         return _decoder.raw_decode(text, start)[0]
-    except (ValueError, RecursionError):  # malformed, spelled `Inf`, or nested too deep for a recursive parser
+    except (ValueError, RecursionError):  # malformed, too big, spelled `Inf`, or too deep for a recursive parser
         return _parse_deep(text, start)
 
 
@@ -178,7 +185,7 @@ def decimals(array):
     texts = ("%.6g " * count % tuple(values)).split()
     full = "%.9g" if flat.dtype == np.float32 else "%.17g"
     with np.errstate(over="ignore"):
-        inexact = np.asarray(texts).astype(flat.dtype) != flat  # true for NaN as well
+        inexact = np.array(list(map(float, texts))).astype(flat.dtype) != flat  # true for NaN as well
     for index in np.flatnonzero(inexact | ~np.isfinite(flat)).tolist():
         value = values[index]
         if value != value:

@@ -17,6 +17,9 @@ from pathlib import Path
 from course.core.errors import InputError
 from serving.server import backends
 from serving.server.batching import Batcher
+from serving.server.folders import stamp, wanted_versions
+from serving.server.model_config import models_of
+from serving.server.request_log import RequestLog
 from serving.server.settings import read_model_config
 from serving.server.status import StatusError
 from serving.server.warmup import warm_up
@@ -38,6 +41,8 @@ class Version:
     model: object = None
     batcher: Batcher | None = None
     in_flight: int = 0
+    attempts: int = 0  # to load it
+    retry_at: float = 0  # on the monotonic clock, while it waits for its next attempt
 
     @property
     def signatures(self):
@@ -53,10 +58,12 @@ class Manager:
     """The models that a server serves."""
 
     def __init__(self, settings, metrics):
+        self.request_log = RequestLog(metrics)
         self._settings = settings
         self._metrics = metrics
         self._pool = ThreadPoolExecutor(settings.batching.num_batch_threads, "run")
-        self._loaders = ThreadPoolExecutor(settings.num_load_threads, "load")
+        self._loaders = ThreadPoolExecutor(max(1, settings.num_load_threads), "load")
+        self._unloaders = ThreadPoolExecutor(max(1, settings.num_unload_threads), "unload")
         self._lock = threading.Condition()  # guards what follows; notified whenever a state changes
         self._configs = {}  # model name -> ModelConfig
         self._labels = {}  # model name -> {label: version number}
@@ -64,14 +71,14 @@ class Manager:
         self._look = threading.Event()  # set to have the folders looked at now
         self._asked = self._answered = 0  # generations of the configuration: the newest, and the newest acted on
         self._closed = False
-        self._config_stamp = None
+        self._config_stamp = self._config_fault = None
         self._thread = threading.Thread(target=self._watch, name="versions", daemon=True)
 
     def start(self):
         """Read the configuration and begin to load; returns at once."""
         self.configure(self._settings.model_config())
         if self._settings.model_config_file:
-            self._config_stamp = _stamp(Path(self._settings.model_config_file))
+            self._config_stamp = stamp(Path(self._settings.model_config_file))
         self._thread.start()
 
     def close(self):
@@ -85,38 +92,31 @@ class Manager:
         if self._thread.ident:
             self._thread.join()
         self._retire([version for versions in self._versions.values() for version in versions.values()])
+        self._unloaders.shutdown()
         self._loaders.shutdown()
         self._pool.shutdown()
+        self.request_log.close()
 
     # --- configuration ------------------------------------------------------------------------------------------------
 
     def configure(self, config):
         """Serve what a `ModelServerConfig` says from now on; `StatusError` leaves everything as it was."""
-        if config.WhichOneof("config") == "custom_model_config":
-            raise StatusError("FAILED_PRECONDITION", "custom_model_config is not supported: use model_config_list")
-        models = {model.name: model for model in config.model_config_list.config}
-        for model in config.model_config_list.config:
-            if not model.name or not model.base_path:
-                raise StatusError("INVALID_ARGUMENT", "every model in the config needs a name and a base_path")
-            if model.model_platform not in ("", "tensorflow"):
-                raise StatusError(
-                    "INVALID_ARGUMENT", f"Model {model.name} requests unsupported platform {model.model_platform}"
-                )
-            if list(config.model_config_list.config).count(model) > 1 or models[model.name] != model:
-                raise StatusError(
-                    "INVALID_ARGUMENT", f"Illegal to list model {model.name} multiple times in config list"
-                )
+        models = models_of(config, self._configs)
+        logged = self.request_log.plan(models)
         with self._lock:
             labels = {name: dict(model.version_labels) for name, model in models.items()}
             for name, wanted in labels.items():
                 for label, number in wanted.items():
                     self._check_label(name, label, number)
             self._configs, self._labels = models, labels
+            self.request_log.follow(logged)
             self._asked += 1
         self._look.set()
 
     def _check_label(self, name, label, number):
-        """A label moves only to a version that serves; a new one may wait for its version where the flag allows."""
+        """A label moves only to a version that serves, unless the flags allow more: a new label, or any."""
+        if self._settings.force_allow_any_version_labels_for_unavailable_models:
+            return
         version = self._versions.get(name, {}).get(number)
         if version is not None and version.state == AVAILABLE:
             return
@@ -129,18 +129,36 @@ class Manager:
             )
 
     def reload(self, config, timeout=300):
-        """`configure`, then wait until every model that is new has a version serving; blocks."""
+        """`configure`, then wait until every model that is new serves or has failed, which is an error; blocks."""
         with self._lock:
             added = {model.name for model in config.model_config_list.config} - self._configs.keys()
         self.configure(config)
         with self._lock:
-            asked = self._asked
-            self._lock.wait_for(lambda: self._answered >= asked, timeout)
-            unavailable = sorted(name for name in added if not self._serving(name))
+            self._lock.wait_for(lambda: self._closed or self._is_settled(added), timeout)
+            unavailable = [
+                f"{{name: {name}}}" + "".join(f" due to error: {error}" for _, error in self._errors(name))
+                for name in sorted(added)
+                if not self._serving(name)
+            ]
         if unavailable:
             raise StatusError(
                 "UNKNOWN", f"{len(unavailable)} model(s) did not become available: {{{', '.join(unavailable)}}}"
             )
+
+    def _is_settled(self, names):
+        """Whether each of these models serves, or will not without a change to its folder."""
+        under_way = {START, LOADING, UNLOADING}
+        return all(
+            self._serving(name)
+            or (
+                self._answered == self._asked
+                and not any(version.state in under_way for version in self._versions.get(name, {}).values())
+            )
+            for name in names
+        )
+
+    def _errors(self, name):
+        return [(version.number, version.error) for version in self._versions.get(name, {}).values() if version.error]
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -176,12 +194,10 @@ class Manager:
             return known[max(serving)]
         what = f"Servable not found for request: Latest({name})"
         states = {version.state for version in known.values()}
-        broken = [version for version in known.values() if version.error]
+        broken = self._errors(name)
         if name in self._configs and broken and not states & {START, LOADING}:
-            newest = max(broken, key=lambda version: version.number)
-            raise StatusError(
-                "FAILED_PRECONDITION", f"{what}; version {newest.number} could not be loaded: {newest.error}"
-            )
+            newest, error = max(broken, key=lambda entry: entry[0])
+            raise StatusError("FAILED_PRECONDITION", f"{what}; version {newest} could not be loaded: {error}")
         if name in self._configs and not known and self._answered == self._asked:
             raise StatusError(
                 "FAILED_PRECONDITION",
@@ -226,7 +242,7 @@ class Manager:
             if number is None:
                 versions = self._versions.get(name, {}).values()
                 failed = bool(versions) and all(version.state == END for version in versions)
-                return failed or bool(self._serving(name))
+                return (failed and self._answered == self._asked) or bool(self._serving(name))
             return version is not None and version.state == AVAILABLE
 
         with self._lock:
@@ -267,7 +283,7 @@ class Manager:
     def _watch(self):
         """Look at the folders, and at the config file, until closed."""
         wait = self._settings.file_system_poll_wait_seconds
-        config_wait = self._settings.model_config_file_poll_wait_seconds
+        config_wait = self._settings.model_config_file_poll_wait_seconds if self._settings.model_config_file else 0
         next_config = time.monotonic() + config_wait
         while not self._closed:
             self._look.clear()
@@ -278,36 +294,47 @@ class Manager:
                 self._update()
             except Exception:  # a defect met at one look must not end the looking
                 traceback.print_exc()
+            retries = [version.retry_at for versions in self._versions.values() for version in versions.values()]
             waits = [seconds for seconds in (wait, config_wait) if seconds > 0]
+            waits += [max(0, at - time.monotonic()) for at in retries if at]
             self._look.wait(min(waits, default=None))
 
     def _reread_config(self):
+        """Apply the config file where it has changed, or could not be applied before; say once why it cannot be."""
         path = Path(self._settings.model_config_file)
-        stamp = _stamp(path)
-        if stamp == self._config_stamp:
+        found = stamp(path)
+        if found == self._config_stamp:
             return
         try:
             self.configure(read_model_config(path))
-            self._config_stamp = stamp
+            self._config_stamp, self._config_fault = found, None
         except (InputError, StatusError) as error:  # tried again at the next look: a label may become assignable
-            print(f"the model config was not applied: {error}", flush=True)
+            if str(error) != self._config_fault:
+                self._config_fault = str(error)
+                print(f"the model config was not applied: {error}", flush=True)
 
     def _update(self):
         """Bring what is loaded in line with the folders: load first, unload afterwards."""
         with self._lock:
             configs, asked = dict(self._configs), self._asked
-        wanted = {name: _wanted_versions(config) for name, config in configs.items()}
-        fresh = []
+            failed = {
+                name: {number for number, version in known.items() if version.error or version.retry_at}
+                for name, known in self._versions.items()
+            }
+        wanted = {name: wanted_versions(config, failed.get(name, ())) for name, config in configs.items()}
+        fresh, now = [], time.monotonic()
         with self._lock:
             for name, folders in wanted.items():
                 known = self._versions.setdefault(name, {})
                 for number, folder in (folders or {}).items():
                     version = known.get(number)
                     if version is not None and version.state != END:
+                        if version.retry_at and version.retry_at <= now:
+                            fresh.append(version)
                         continue
-                    stamp = _stamp(folder)
-                    if version is None or not version.error or version.stamp != stamp:
-                        known[number] = Version(name, number, folder, stamp)
+                    found = stamp(folder)
+                    if version is None or not version.error or version.stamp != found:
+                        known[number] = Version(name, number, folder, found)
                         fresh.append(known[number])
                 if not known:
                     del self._versions[name]
@@ -318,86 +345,104 @@ class Manager:
                 folders = wanted.get(name, {})
                 if folders is None:  # the folder could not be read: keep what is loaded
                     continue
+                for version in known.values():
+                    if version.retry_at and version.number not in folders:  # it waits for what is no longer wanted
+                        self._fail(
+                            version, StatusError("CANCELLED", "it was no longer wanted when it could be retried")
+                        )
                 serving = set(self._serving(name))
                 if not folders or serving & folders.keys():
                     retired += [known[number] for number in serving - folders.keys()]
+        if fresh:
+            _settle_garbage(unloaded=False)
         self._retire(retired)
-        if fresh or retired:
-            _settle_garbage(retired)
+        if any(version.state != AVAILABLE for version in fresh):  # an older version may have to serve in its place
+            self._look.set()
+            return
         with self._lock:
             self._answered = asked
             self._lock.notify_all()
 
     def _load(self, version):
         """Load and warm up one version; it serves from the moment its state says so."""
+        version.attempts, version.retry_at = version.attempts + 1, 0
         self._enter(version, LOADING)
-        model = None
+        model, start = None, time.perf_counter()
         try:
             model = backends.load(version.folder, self._settings)
+            batching = self._settings.batching_for(version.folder)
             if self._settings.enable_model_warmup:
-                warm_up(model, version.folder)
+                self._warm_up(model, version.folder)
         except Exception as error:  # whatever it is, it is this version's end and not the server's
             if model is not None:
                 model.close()
-            version.error = (
-                error if isinstance(error, StatusError) else StatusError("UNKNOWN", f"{type(error).__name__}: {error}")
-            )
-            self._enter(version, END)
+            self._metrics.observe_load(version.folder, 0, succeeded=False)
+            if isinstance(error, InputError):
+                error = StatusError("INVALID_ARGUMENT", str(error))
+            if not isinstance(error, StatusError):
+                error = StatusError("UNKNOWN", f"{type(error).__name__}: {error}")
+            self._fail_or_retry(version, error)
             return
+        self._metrics.observe_load(version.folder, (time.perf_counter() - start) * 1e6, succeeded=True)
         runtime = "TFLite" if isinstance(model, backends.LiteModel) else "TF1"
         version.model = model
         version.batcher = Batcher(
             model,
             self._pool,
-            self._settings.batching,
+            batching,
             lambda microseconds: self._metrics.observe_run(version.name, runtime, microseconds),
         )
         self._enter(version, AVAILABLE)
 
+    def _warm_up(self, model, folder):
+        start, status = time.perf_counter(), "OK"
+        try:
+            warm_up(model, folder, self._settings.num_request_iterations_for_warmup)
+        except StatusError as error:
+            status = error.code
+            raise
+        finally:
+            self._metrics.observe_warmup(folder, (time.perf_counter() - start) * 1e6, status)
+
+    def _fail_or_retry(self, version, error):
+        """End a version that could not be loaded, or leave it LOADING until its next attempt."""
+        left = self._settings.max_num_load_retries + 1 - version.attempts
+        if left <= 0:
+            self._fail(version, error)
+            return
+        wait = max(0, self._settings.load_retry_interval_micros) / 1e6
+        version.retry_at = time.monotonic() + wait
+        again = f"trying again in {wait:g} s, {left} attempt(s) left"
+        print(f"{version.name} version {version.number}: {error}; {again}", flush=True)
+
+    def _fail(self, version, error):
+        version.error, version.retry_at = error, 0
+        self._enter(version, END)
+
     def _retire(self, versions):
-        """Unload versions once their requests have been answered."""
-        versions = [version for version in versions if version.state == AVAILABLE]
+        """Take versions out of service; threads of their own unload them, so that no request holds up the looking."""
         for version in versions:
-            self._enter(version, UNLOADING)
-        for version in versions:
-            with self._lock:
-                self._lock.wait_for(lambda version=version: not version.in_flight, _DRAIN_SECONDS)
-            version.batcher.wait_idle(_DRAIN_SECONDS)
-            version.model.close()
-            version.model = version.batcher = None
+            if version.state == AVAILABLE:
+                self._enter(version, UNLOADING)
+                self._unloaders.submit(self._unload, version)
+
+    def _unload(self, version):
+        """Unload a version once its requests have been answered."""
+        with self._lock:
+            self._lock.wait_for(lambda: not version.in_flight, _DRAIN_SECONDS)
+        version.batcher.wait_idle(_DRAIN_SECONDS)
+        version.model.close()
+        version.model = version.batcher = None
+        _settle_garbage(unloaded=True)
+        with self._lock:
+            self._asked += 1  # it may be wanted again by now
             self._enter(version, END)
+        self._look.set()
 
     def _enter(self, version, state):
         with self._lock:
             version.state = state
             self._lock.notify_all()
-
-
-def _wanted_versions(config):
-    """{number: folder} of the versions that a model's policy wants; None where its folder cannot be read."""
-    found = {}
-    try:
-        for folder in sorted(Path(config.base_path).iterdir()):
-            if folder.name.isascii() and folder.name.isdecimal() and backends.is_complete(folder):
-                found.setdefault(int(folder.name), folder)
-    except OSError:
-        return None
-    policy = config.model_version_policy
-    kind = policy.WhichOneof("policy_choice")
-    if kind == "all":
-        return found
-    if kind == "specific":
-        return {number: found[number] for number in policy.specific.versions if number in found}
-    return {number: found[number] for number in sorted(found)[-(policy.latest.num_versions or 1) :]}
-
-
-def _stamp(path):
-    """What changes when a file, or the files directly in a folder, are written again."""
-    try:
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        return tuple((file.name, stat.st_mtime_ns, stat.st_size) for file in files for stat in (file.stat(),))
-    except OSError:
-        return ()
 
 
 def _settle_garbage(unloaded):

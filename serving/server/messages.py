@@ -1,8 +1,16 @@
-"""The protocol's status and metadata messages, for gRPC and (as JSON) for REST."""
+"""The protocol's messages that more than one place fills: status and metadata, for gRPC and (as JSON) for REST, and
+the answers of Classify and Regress."""
+
+import contextlib
+import json
 
 from google.protobuf import json_format
 from tensorflow_serving.apis.get_model_metadata_pb2 import GetModelMetadataResponse, SignatureDefMap
 from tensorflow_serving.apis.get_model_status_pb2 import GetModelStatusResponse, ModelVersionStatus
+
+from serving.server import operations
+from serving.server.signatures import REGRESS
+from serving.server.status import StatusError
 
 
 def status_message(manager, name, number=None):
@@ -32,9 +40,44 @@ def metadata_message(manager, name, number=None, label=""):
     return response
 
 
+def describe(spec, version, signature):
+    """Tell in an answer which version and signature gave it."""
+    spec.name, spec.signature_name, spec.version.value = version.name, signature.name, version.number
+
+
+def fill_result(result, method, outputs, count):
+    """Fill a `ClassificationResult` or `RegressionResult` with the outputs of a run over `count` examples."""
+    if method == REGRESS:
+        for value in operations.regressions(outputs, count).tolist():
+            result.regressions.add(value=value)
+        return
+    classes, scores = operations.classes_and_scores(outputs, count)
+    for row in range(count):
+        classifications = result.classifications.add()
+        for column in range((classes if scores is None else scores).shape[1]):
+            classifications.classes.add(
+                label="" if classes is None else classes[row, column].decode("utf-8", "replace"),
+                score=0 if scores is None else scores[row, column],
+            )
+
+
 def status_json(manager, name, number=None):
     """The status as REST answers it (bytes)."""
     return _to_json(status_message(manager, name, number))
+
+
+def models_json(manager):
+    """Every model with the status of its versions, as REST answers it (bytes); the stock server has no such call.
+
+    {"models": [{"name": "mnist", "model_version_status": [{"version": "2", "state": "AVAILABLE", ...}, ...]}, ...]}
+    """
+    models = []
+    for name in manager.models():
+        status = GetModelStatusResponse()
+        with contextlib.suppress(StatusError):  # no version of it has been found yet
+            status = status_message(manager, name)
+        models.append({"name": name, **json.loads(_to_json(status))})
+    return json.dumps({"models": models}, indent=1).encode()
 
 
 def metadata_json(manager, name, number=None, label=""):

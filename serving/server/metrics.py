@@ -4,12 +4,20 @@ prometheus_client would append that suffix to every counter, and dashboards writ
 nothing; the text format itself is a few lines.
 """
 
+import asyncio
 import bisect
+import collections
+import contextlib
+import functools
 import itertools
 import threading
+import time
+
+from serving.server.status import StatusError
 
 BUCKETS = [10 * 1.8**power for power in range(33)]  # microseconds; the last is about 25 minutes
 _LIMITS = [f"{limit:.6g}" for limit in BUCKETS] + ["+Inf"]
+_SERVING, _SAVED_MODEL = ":tensorflow:serving:", ":tensorflow:cc:saved_model:"
 
 
 class Metrics:
@@ -17,24 +25,61 @@ class Metrics:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._counters = {}  # labels -> count
-        self._histograms = {":tensorflow:serving:request_latency": {}, ":tensorflow:serving:runtime_latency": {}}
+        self._counters = collections.defaultdict(collections.Counter)  # metric name -> {labels: count}
+        self._counters[_SERVING + "request_count"] = collections.Counter()  # on the page before the first request
+        self._histograms = collections.defaultdict(dict)  # metric name -> {labels: (counts by bucket, sum)}
 
-    def count_request(self, model_name, status):
-        """Count a request by its outcome."""
-        labels = f'model_name="{_escape(model_name)}",status="{status}"'
-        with self._lock:
-            self._counters[labels] = self._counters.get(labels, 0) + 1
+    @contextlib.contextmanager
+    def call(self, model_name, api, entrypoint, *, is_served):
+        """Count one call by its outcome, and time it if it is answered; `api` is the call, `entrypoint` REST or GRPC.
 
-    def observe_request(self, model_name, api, entrypoint, microseconds):
-        """Record how long a request took; `api` is the call, `entrypoint` REST or GRPC."""
-        labels = f'model_name="{_escape(model_name)}",API="{api}",entrypoint="{entrypoint}"'
-        self._observe(":tensorflow:serving:request_latency", labels, microseconds)
+        Anything but a `StatusError` or a cancellation leaves as an INTERNAL `StatusError`.  A call for a model that is
+        not served is not counted: a made-up name must not become a metric.
+        """
+        start, status = time.perf_counter(), "OK"
+        try:
+            yield
+        except StatusError as error:
+            status = error.code
+            raise
+        except asyncio.CancelledError:
+            status = "CANCELLED"
+            raise
+        except Exception as error:
+            status = "INTERNAL"
+            raise StatusError(status, f"{type(error).__name__}: {error}") from error
+        finally:
+            if is_served:
+                microseconds = (time.perf_counter() - start) * 1e6
+                self._count(_SERVING + "request_count", _labels(model_name=model_name, status=status))
+                if status == "OK":
+                    labels = _labels(model_name=model_name, API=api, entrypoint=entrypoint)
+                    self._observe(_SERVING + "request_latency", labels, microseconds)
+
+    def count_logged(self, model_name, status):
+        """Count a request that was to be logged by what became of it: OK, or why not."""
+        self._count(_SERVING + "request_log_count", _labels(model_name=model_name, status_code=status))
 
     def observe_run(self, model_name, runtime, microseconds):
         """Record how long a run of the model took, whatever the number of requests in it."""
-        labels = f'model_name="{_escape(model_name)}",API="Predict",runtime="{runtime}"'
-        self._observe(":tensorflow:serving:runtime_latency", labels, microseconds)
+        labels = _labels(model_name=model_name, API="Predict", runtime=runtime)
+        self._observe(_SERVING + "runtime_latency", labels, microseconds)
+
+    def observe_load(self, folder, microseconds, succeeded):
+        """Record an attempt to load the model in a version folder."""
+        self._count(
+            _SAVED_MODEL + "load_attempt_count", _labels(model_path=folder, status="success" if succeeded else "fail")
+        )
+        if succeeded:
+            self._count(_SAVED_MODEL + "load_latency", _labels(model_path=folder), round(microseconds))
+
+    def observe_warmup(self, folder, microseconds, status):
+        """Record how long the first runs of a model took, and how they ended."""
+        self._observe(_SERVING + "model_warmup_latency", _labels(model_path=folder, status=status), microseconds)
+
+    def _count(self, name, labels, by=1):
+        with self._lock:
+            self._counters[name][labels] += by
 
     def _observe(self, name, labels, microseconds):
         with self._lock:
@@ -44,11 +89,12 @@ class Metrics:
 
     def page(self):
         """All of it in Prometheus' text format."""
-        name = ":tensorflow:serving:request_count"
-        lines = [f"# TYPE {name} counter"]
+        lines = []
         with self._lock:
-            lines += [f"{name}{{{labels}}} {count}" for labels, count in self._counters.items()]
-            for name, points in self._histograms.items():
+            for name, points in sorted(self._counters.items()):
+                lines.append(f"# TYPE {name} counter")
+                lines += [f"{name}{{{labels}}} {count}" for labels, count in points.items()]
+            for name, points in sorted(self._histograms.items()):
                 lines.append(f"# TYPE {name} histogram")
                 for labels, (counts, total) in points.items():
                     cumulative = list(itertools.accumulate(counts))
@@ -58,6 +104,11 @@ class Metrics:
                     ]
                     lines += [f"{name}_sum{{{labels}}} {total:.6g}", f"{name}_count{{{labels}}} {cumulative[-1]}"]
         return "\n".join(lines) + "\n"
+
+
+@functools.lru_cache(maxsize=4096)
+def _labels(**values):
+    return ",".join(f'{name}="{_escape(str(value))}"' for name, value in values.items())
 
 
 def _escape(value):

@@ -10,6 +10,7 @@ import uvicorn
 import uvloop
 
 from course.core.errors import InputError
+from serving.server.connections import KEEP_ALIVE_SECONDS, Connection
 from serving.server.manager import Manager
 from serving.server.metrics import Metrics
 from serving.server.status import StatusError
@@ -40,6 +41,7 @@ class Running:
         self._register = functools.partial(
             grpc_service.register, manager=self.manager, settings=settings, metrics=metrics
         )
+        self._credentials = grpc_service.credentials(settings.ssl)
         try:
             self.manager.start()
         except StatusError as error:
@@ -77,15 +79,17 @@ class Running:
         if self._socket:
             config = uvicorn.Config(
                 self._application,
-                http="httptools",
+                http=functools.partial(Connection, self.settings),
                 loop="none",
                 ws="none",
                 lifespan="off",
                 access_log=False,
-                log_level="warning",
+                log_level="error",  # its warnings tell of every malformed request
                 log_config=None,
                 server_header=False,
+                proxy_headers=False,
                 backlog=2048,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=_GRACE_SECONDS,
             )
             self._server = uvicorn.Server(config)
@@ -112,16 +116,21 @@ class Running:
                 ("grpc.max_receive_message_length", settings.grpc_max_message_bytes),
                 ("grpc.max_send_message_length", settings.grpc_max_message_bytes),
                 ("grpc.so_reuseport", 0),  # or a second server on the same port would start and share its requests
+                *settings.grpc_options,
             ]
         )
-        self._register(server)
+        self._register(server, stopped=self._stopped)
+        if self._credentials:
+            listen = functools.partial(server.add_secure_port, server_credentials=self._credentials)
+        else:
+            listen = server.add_insecure_port
         if settings.port:
             try:
-                self.grpc_port = server.add_insecure_port(f"{_bracketed(settings.host)}:{max(settings.port, 0)}")
+                self.grpc_port = listen(f"{_bracketed(settings.host)}:{max(settings.port, 0)}")
             except RuntimeError as error:
                 raise _port_taken(settings.host, settings.port, "--port") from error
         if settings.grpc_socket_path:
-            server.add_insecure_port(f"unix:{settings.grpc_socket_path}")
+            listen(f"unix:{settings.grpc_socket_path}")
         return server
 
     def _close_socket(self):

@@ -9,6 +9,7 @@ import numpy as np
 from serving.server.status import StatusError, invalid
 
 DEFAULT = "serving_default"
+MAX_RANK = 32  # TensorFlow bears 254, but its way from NumPy overruns its memory, and ends the process, beyond 32
 PREDICT, CLASSIFY, REGRESS = (f"tensorflow/serving/{method}" for method in ("predict", "classify", "regress"))
 
 # TensorFlow's DataType number -> (name in the protocol's messages, NumPy type); strings are object arrays of bytes
@@ -91,10 +92,12 @@ class Signature:
             inputs = self._matched(inputs)
         for alias, value in inputs.items():
             want = self.inputs[alias].dtype
+            if value.ndim > MAX_RANK:
+                raise invalid(f"input {alias} has {value.ndim} dimensions; no more than {MAX_RANK} are served")
             if value.dtype != want:
-                given = NAMES.get(value.dtype, value.dtype)
+                given, position = NAMES.get(value.dtype, value.dtype), list(self.inputs).index(alias)
                 raise invalid(
-                    f"input {alias}: expects {NAMES.get(want, want)} but {given} is provided. "
+                    f"input {alias}: Expects arg[{position}] to be {NAMES.get(want, want)} but {given} is provided. "
                     f"Expected signature: {self}"
                 )
         return inputs
@@ -132,9 +135,15 @@ class Signature:
         return chosen or tuple(self.outputs)
 
 
-def signature_named(signatures, name):
+def signature_named(signatures, name, check_method=False):
     """The signature that a Predict call asks for (the default one where `name` is empty)."""
-    try:
-        return signatures[name or DEFAULT]
-    except KeyError:
-        raise StatusError("FAILED_PRECONDITION", f'Serving signature key "{name or DEFAULT}" not found.') from None
+    signature = signatures.get(name or DEFAULT)
+    if signature is None:
+        raise StatusError("FAILED_PRECONDITION", f'Serving signature key "{name or DEFAULT}" not found.')
+    methods = (PREDICT, CLASSIFY, REGRESS)
+    if check_method and signature.method not in methods:
+        raise StatusError(
+            "INTERNAL",
+            f"Expected prediction signature method_name to be one of {{{', '.join(methods)}}}. Was: {signature.method}",
+        )
+    return signature

@@ -13,8 +13,9 @@ FILE = "assets.extra/tf_serving_warmup_requests"
 MAX_RECORDS = 1000
 
 
-def warm_up(model, folder):
-    """Run the requests recorded with a model; `StatusError` where one fails, which makes the version unfit.
+def warm_up(model, folder, iterations=1):
+    """Run the requests recorded with a model, each `iterations` times; `StatusError` where one fails, which makes the
+    version unfit.
 
     Without a record every signature whose inputs are numbers of declared sizes is run once on zeros: TensorFlow
     optimises a graph in its first run, and that takes longer than a thousand others.
@@ -24,7 +25,8 @@ def warm_up(model, folder):
         for number, record in enumerate(_records(path)):
             if number == MAX_RECORDS:
                 raise invalid(f"{path} holds more than {MAX_RECORDS} warm-up requests")
-            _replay(model, record)
+            for _ in range(max(1, iterations)):
+                _replay(model, record)
         return
     for signature in model.signatures.values():
         inputs = {alias: _zeros(spec) for alias, spec in signature.inputs.items()}
@@ -55,7 +57,7 @@ def _replay(model, record):
     if kind == "predict_log":
         request = log.predict_log.request
         signature = signature_named(model.signatures, request.model_spec.signature_name)
-        inputs = signature.complete({alias: tensors.from_proto(value) for alias, value in request.inputs.items()})
+        inputs = signature.complete(tensors.from_protos(request.inputs))
         model.run(signature, inputs, signature.select(request.output_filter))
         return
     if kind == "multi_inference_log":
