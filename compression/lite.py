@@ -19,13 +19,14 @@ from course.core.timing import time_calls
 KINDS = ("float", "float16", "dynamic", "int8")
 
 
-def convert(model, kind, representative=None):
+def convert(model, kind, representative=None, pixels=True):
     """A Keras model with one input and one output (a dict of one names it) -> the bytes of a .tflite file.
 
     float:   float32 weights and arithmetic.          float16: float16 weights, float32 arithmetic.
     dynamic: int8 weights, activations quantised as they come (no data needed).
     int8:    int8 weights (per channel) and activations, whose ranges are measured on `representative` [N, ...] (a few
-             hundred real pictures, 0..255); the file takes uint8 pixels as they are and gives float32.
+             hundred real pictures, 0..255); the file takes uint8 pixels as they are and gives float32.  Inputs that are
+             no `pixels` it takes as float32, and rounds them itself.
     """
     import tensorflow as tf
 
@@ -39,16 +40,16 @@ def convert(model, kind, representative=None):
     if kind == "int8":
         if representative is None or not len(representative):
             raise ValueError("full int8 needs representative inputs to measure the activations' ranges on")
-        whole = np.linspace(0, 255, representative[0].size).reshape(representative[:1].shape)
-        samples = np.concatenate([whole, representative]).astype(
-            "float32"
-        )  # all of 0..255: the input's scale is then 1
+        samples = np.asarray(representative, "float32")
+        if pixels:  # all of 0..255: the input's scale is then 1
+            whole = np.linspace(0, 255, samples[0].size, dtype="float32").reshape(samples[:1].shape)
+            samples = np.concatenate([whole, samples])
+            converter.inference_input_type = tf.uint8
         converter.representative_dataset = lambda: ([row[None]] for row in samples)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-        converter.inference_input_type = tf.uint8
     with _quiet():
         content = converter.convert()
-    if kind == "int8" and interpreter(content).get_input_details()[0]["quantization"] != (1.0, 0):
+    if kind == "int8" and pixels and interpreter(content).get_input_details()[0]["quantization"] != (1.0, 0):
         raise RuntimeError("a pixel would not be its own quantised value: what clients send would be misread")
     return content
 
@@ -160,5 +161,6 @@ def export(content, folder, sample, labels=()):
         assets = temporary / "assets.extra"
         assets.mkdir()
         (assets / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
-        write_sample(assets, request({"inputs": sample}), {name: predict(content, sample)})
+        takes = interpreter(content).get_input_details()[0]["dtype"]  # a server refuses 3.0 where it is to be uint8
+        write_sample(assets, request({"inputs": sample.astype(takes)}), {name: predict(content, sample)})
         (temporary / "model.tflite").write_bytes(content)

@@ -10,7 +10,7 @@ Departs:   today's networks, not LeNet-5; the grid's share one learning rate and
 
 # %%
 import dataclasses
-import functools
+from functools import partial
 
 import keras
 import numpy as np
@@ -42,6 +42,7 @@ class Config:
     epochs: int = 60  # of that one
     batch: int = 64  # images a step
     lr: float = 0.003  # of Adam, at the start; falls to 0 as a half cosine
+    exports: str = dataclasses.field(default="exports", metadata={"where": True})  # folder that it is exported to
 
 
 PRESETS = {
@@ -198,10 +199,10 @@ def avg_pool_backward(d_out, cache):
 
 # %%
 STACK = (
-    (functools.partial(im2col_forward, pad=1), im2col_backward, ("W1", "b1")),
+    (partial(im2col_forward, pad=1), im2col_backward, ("W1", "b1")),
     (dense.relu_forward, dense.relu_backward, ()),
     (max_pool_forward, max_pool_backward, ()),
-    (functools.partial(im2col_forward, stride=2, pad=1), im2col_backward, ("W2", "b2")),
+    (partial(im2col_forward, stride=2, pad=1), im2col_backward, ("W2", "b2")),
     (dense.relu_forward, dense.relu_backward, ()),
     (avg_pool_forward, avg_pool_backward, ()),
     (dense.affine_forward, dense.affine_backward, ("W3", "b3")),
@@ -326,14 +327,12 @@ def main(argv=None):
         parts, classes = core.data.three_way(data, cfg.train, cfg.val, len(data.x_test)), len(data.labels)
         scratch = run.once("from-scratch", lambda: small.examine(STACK, sides, OURS, POOLS, PatchConv2D, parts, classes,
                            images=cfg.numpy_images, batch=cfg.batch, seed=cfg.seed))  # fmt: skip
-        grid = [run.once(f"arm-{name}", functools.partial(arm, run, cfg, name, parts, classes))
-                for name in cfg.arms or ARMS]  # fmt: skip
+        grid = [run.once(f"arm-{name}", partial(arm, run, cfg, name, parts, classes)) for name in cfg.arms or ARMS]
         core.runtime.seed(cfg.seed)
-        best = build_model(BEST, cfg.best_width, parts.x_train.shape[1:], classes)
+        best = build_model(BEST, cfg.best_width, (shape := parts.x_train.shape[1:]), classes)
         history = train(run, cfg, "best", best, BEST, parts, cfg.train, cfg.epochs, every=1)
         right = best.predict(parts.x_test, batch_size=500, verbose=0).argmax(axis=1) == parts.y_test
-        models = {row["arm"]: build_model(ARMS[row["arm"]], row["width"], best.input_shape[1:], classes)
-                  for row in grid}  # fmt: skip
+        models = {row["arm"]: build_model(ARMS[row["arm"]], row["width"], shape, classes) for row in grid}
         one, many = (costs.latencies(models | {"best": best}, batch) for batch in (1, 32))
         grid = [row | {"ms": one[row["arm"]], "ms_of_32": many[row["arm"]]} for row in grid]
 
@@ -343,6 +342,7 @@ def main(argv=None):
         run.record["metrics"] = {"test_accuracy": 100 * right.mean(), "val_accuracy": 100 * history["val_accuracy"][-1],
                 **scratch["metrics"], **{f"best_{name}": value for name, value in counts.items()}}  # fmt: skip
         figures.draw(run, best, parts.x_test, scratch, grid, history)
+    core.export.image_classifier(best, "day04_cnn", data, cfg.exports)
     return run.record
 
 

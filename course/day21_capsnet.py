@@ -44,6 +44,7 @@ class Config:
     ablation_epochs: int = 20  # epochs of each arm
     canvas_epochs: int = 50  # of both networks on digits placed anywhere on a 40x40 canvas
     multi_epochs: int = 50  # of the CapsNet on two overlapping digits
+    exports: str = dataclasses.field(default="exports", metadata={"where": True})  # folder that it is exported to
 
 
 PRESETS = {
@@ -167,14 +168,21 @@ def squared_error(pixels, reconstruction):
 
 
 # %%
-def build_encoder(cfg, side=28):
-    """image [B,side,side,1] in 0..1 -> {"capsules": [B,10,16], "lengths": [B,10]}."""
+def build_encoder(cfg, side=28, scale=1.0):
+    """image [B,side,side,1], times `scale` in 0..1 -> {"capsules": [B,10,16], "lengths": [B,10]}."""
     image = keras.Input((side, side, 1), name="image")
-    x = layers.Conv2D(cfg.width, 9, activation="relu")(image)
+    x = layers.Conv2D(cfg.width, 9, activation="relu")(layers.Rescaling(scale)(image))
     x = layers.Conv2D(cfg.capsules * 8, 9, strides=2, name="primary")(x)
     x = squash(layers.Reshape((-1, 8))(x))
     capsules = DigitCapsules(CLASSES, 16, cfg.rounds, name="digits")(x)
     return keras.Model(image, {"capsules": capsules, "lengths": lengths(capsules)}, name="capsnet")
+
+
+def serve(cfg, encoder):
+    """The classifier to export: pixels 0..255 [B,28,28,1] -> logits [B,10], ten times the capsules' lengths."""
+    scaled = build_encoder(cfg, scale=1 / 255)
+    scaled.set_weights(encoder.get_weights())
+    return keras.Model(scaled.input, layers.Rescaling(10.0, name="logits")(scaled.output["lengths"]), name="capsnet")
 
 
 def masked(capsules, labels):
@@ -212,8 +220,6 @@ def build_trainer(cfg, encoder, decoder, digits=1):
 # baseline, with max-pooling, which helps it, and as many parameters as the encoder.  Both see the same pictures in the
 # same order.  `models/capsules/scenes.py` makes them, afresh for every batch: digits moved by up to two pixels, as in
 # the paper; digits anywhere on a 40x40 canvas; two different digits on top of each other (MultiMNIST).
-#
-# Every experiment begins from the seed: run again after an interruption, it finds the same numbers.
 
 
 # %%
@@ -225,14 +231,6 @@ def train(run, cfg, model, name, data, scene, epochs):
     model.fit(stream, steps_per_epoch=len(data[0]) // cfg.batch, initial_epoch=resume.epoch, epochs=epochs, verbose=0,
               callbacks=[rate, measures.Clock(), resume, core.Progress(name)])  # fmt: skip
     return resume.history
-
-
-def routing_trace(encoder, images, labels, rounds):
-    """What routing does to `images`: a row of `measures.routing` for each of 1..rounds rounds."""
-    digits = encoder.get_layer("digits")
-    primary = keras.Model(encoder.input, digits.input).predict(images, verbose=0)
-    steps = [route(digits.votes(primary), count) for count in range(1, rounds + 1)]
-    return [measures.routing(coupled, lengths(found), lengths(primary), labels) for found, coupled in steps]
 
 
 def single_digits(run, cfg, train_set, test_set, names):
@@ -254,7 +252,7 @@ def single_digits(run, cfg, train_set, test_set, names):
     run.figure("reconstructions", figures.reconstructions(draw(decoder), images, capsules, answers, labels, names))
     two = [np.argmax(labels == digit) for digit in (4, 5)]  # the first of each
     run.figure("dimensions", figures.dimensions(draw(decoder), capsules[two], labels[two]))
-    trace = routing_trace(encoder, images[:500], labels[:500], rounds=6)
+    trace = measures.trace(route, encoder, images[:500], labels[:500], rounds=6)
     run.figure("routing", figures.routing(trace))
     table = [measures.cost(encoder, images[:100], past["capsnet"]), measures.cost(cnn, images[:100], past["cnn"])]
     run.record["tables"] = {"cost": table, "routing": trace}
@@ -343,6 +341,8 @@ def main(argv=None):
         run.record["metrics"] |= single_digits(run, cfg, *sets, data.labels)
         for experiment in (ablation, robustness, overlaps):
             run.record["metrics"] |= experiment(run, cfg, *sets)
+    model = serve(cfg, keras.models.load_model(run.folder / "encoder.keras", compile=False))
+    core.export.image_classifier(model, "day21_capsnet", data, cfg.exports)
     return run.record
 
 

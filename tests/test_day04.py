@@ -216,7 +216,9 @@ def test_a_batch_larger_than_the_training_images_is_refused(tmp_path, flags, ima
 
 @pytest.mark.smoke
 def test_smoke_preset_end_to_end(tmp_path):
-    record = day04_cnn.main(["--preset", "smoke", "--seed", "5", "--runs", str(tmp_path)])
+    record = day04_cnn.main(
+        ["--preset", "smoke", "--seed", "5", "--runs", str(tmp_path), "--exports", str(tmp_path / "e")]
+    )
     folder = tmp_path / "day04_cnn" / "smoke-s5"
     assert json.loads((folder / "result.json").read_text())["metrics"].keys() == record["metrics"].keys()
     figures = {"gradient_check", "keras_twin", "pareto_flops", "pareto_ms", "pareto_ms_of_32", "learning_curves",
@@ -234,3 +236,6 @@ def test_smoke_preset_end_to_end(tmp_path):
     assert large_kernel["width"] < small_kernel["width"] and large_kernel["sees"] > small_kernel["sees"]
     assert sum(row["flops"] for row in record["tables"]["layers"]) == metrics["best_flops"]
     assert 0 <= metrics["test_accuracy"] <= 100
+    (version,) = (tmp_path / "e" / "day04_cnn").iterdir()
+    assert json.loads((version / "assets.extra" / "trained_on.json").read_text()) == {
+        "unit": "day04_cnn", "data": "fashion_mnist_12k"}  # fmt: skip

@@ -331,7 +331,7 @@ def test_unfit_data_and_batch_are_refused(tmp_path):
 
 @pytest.mark.smoke
 def test_smoke_preset_runs_all_four_experiments(tmp_path):
-    record = day21.main(["--preset", "smoke", "--runs", str(tmp_path)])
+    record = day21.main(["--preset", "smoke", "--runs", str(tmp_path), "--exports", str(tmp_path / "e")])
     folder = tmp_path / "day21_capsnet" / "smoke-s0"
     assert record["figures"] == [f"{name}.png" for name in (
         "learning", "reconstructions", "dimensions", "routing", "ablation", "robustness", "overlaps")]  # fmt: skip
@@ -343,3 +343,8 @@ def test_smoke_preset_runs_all_four_experiments(tmp_path):
     assert entropy[0] == pytest.approx(1, abs=1e-5) and entropy[-1] < entropy[0]
     loaded = keras.saving.load_model(folder / "encoder.keras")
     assert loaded.count_params() == record["metrics"]["capsnet_params"]
+    (version,) = (tmp_path / "e" / "day21_capsnet").iterdir()
+    exported = keras.saving.load_model(version / "assets.extra" / "model.keras")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), np.uint8)
+    answers = loaded.predict(pixels / np.float32(255), verbose=0)["lengths"]
+    np.testing.assert_allclose(exported.predict(pixels, verbose=0), 10 * answers, atol=1e-4)  # float32, 36 capsules

@@ -182,5 +182,6 @@ def test_a_lite_version_folder_has_a_sample_that_its_file_answers(converted, pix
     assets = tmp_path / "pets_lite" / "17" / "assets.extra"
     request = json.loads((assets / "sample_request.json").read_text())
     response = json.loads((assets / "sample_response.json").read_text())
+    assert np.array(request["instances"]).dtype == int  # of the file's own type: a server takes no 3.0 for a uint8
     again = lite.predict((assets.parent / "model.tflite").read_bytes(), np.array(request["instances"], "float32"))
     np.testing.assert_allclose(again, response["predictions"], atol=1e-6)

@@ -216,12 +216,13 @@ class Run:
 
 
 @contextlib.contextmanager
-def run(unit, options, cfg, *, scope=True, inputs=None):
+def run(unit, options, cfg, *, scope=True, inputs=None, typed=None):
     """Seed, devices and folder for one run of `unit`; on a clean exit its `result.json` is written.
 
     The block runs in the strategy's scope, unless `scope` is false: then the unit enters `run.strategy.scope()` where
     it builds and trains (exporting a model works outside of it only).  `inputs`, JSON, tells the state of what the run
-    reads from outside; where it has changed, an interrupted run is not continued.
+    reads from outside; where it has changed, an interrupted run is not continued.  `typed`: the command, where it is
+    not a unit that runs.
 
     An interrupted run leaves its checkpoints in the folder, and the same command goes on from them; they are removed
     when the run has ended well.  Two runs cannot share a folder: the second gets an `InputError`.
@@ -254,7 +255,7 @@ def run(unit, options, cfg, *, scope=True, inputs=None):
             "hardware": runtime.hardware(),
             "versions": runtime.versions(),
             "commit": runtime.commit(),
-            "command": command(unit, options, cfg),
+            "command": typed or command(unit, options, cfg),
         }
         files.write_atomic(folder / "result.json", to_json(record))
         _clear(folder)

@@ -7,6 +7,7 @@ code.
 import base64
 import functools
 import json
+import time
 from pathlib import Path
 
 import keras
@@ -16,16 +17,20 @@ import tensorflow as tf
 from course.core import files
 
 WARMUP = "tf_serving_warmup_requests"  # the name TensorFlow Serving looks for in assets.extra
+SOURCE = "model.keras"  # in assets.extra, the Keras model itself: what compression trains on
+TRAINED_ON = "trained_on.json"  # beside it: {"unit", "data": the name of its data set}
 
 
-def export(model, folder, signatures, *, sample, labels=(), extra=None):
+def export(model, folder, signatures, *, sample, labels=(), extra=None, trained_on=None):
     """Write `folder` (a version; it must not exist), whole or not at all.
 
     `signatures`: name -> (function, input specs).  A function takes the tensors of its `tf.TensorSpec`s, in order, and
     returns a dict of named tensors: pre- and post-processing stand in it, so that the server needs nothing else.
     `sample`: name of a signature -> dict of NumPy inputs; the first is also written as the sample request, and all of
     them become warm-up records, which a server plays before it calls the version available.
-    `labels`: class names in the order of the scores.  `extra`: file name -> text, further files of `assets.extra/`.
+    `labels`: class names in the order of the scores.  `extra`: file name -> text or bytes, for `assets.extra/` too.
+    `trained_on`: {"unit": its module's name, "data": a set of `course.core.data` or "./<file>.npz", one of `extra`};
+    with it `model`, which must map one input to logits, is kept in the version for `compression` to train on.
     """
     archive = keras.export.ExportArchive()
     archive.track(model)
@@ -43,8 +48,30 @@ def export(model, folder, signatures, *, sample, labels=(), extra=None):
         )
         write_sample(assets, request(inputs, signature), {key: value.numpy() for key, value in outputs.items()})
         write_warmup(assets / WARMUP, name, sample)
-        for file, text in (extra or {}).items():
-            (assets / file).write_text(text)
+        for file, content in (extra or {}).items():
+            (assets / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+        if trained_on:
+            model.save(assets / SOURCE)
+            (assets / TRAINED_ON).write_text(json.dumps(trained_on, indent=1) + "\n")
+
+
+def image_classifier(model, unit, data, exports="exports"):
+    """Export a unit's `model` (pixels 0..255 [B, H, W, C] -> logits) in float32, with `image_signatures`, as the next
+    version in `exports`/<unit>; returns the version's folder.
+
+    `data`: the `ImageSet` it was trained on, whose first four test images are the sample request.  The version's number
+    is the second of now, or one above the newest there is.
+    """
+    base, model, images = Path(exports) / unit, in_float32(model), data.x_test[:4]
+    have = [int(path.name) for path in base.glob("*") if path.name.isdecimal()]
+    folder = base / str(max([int(time.time()), *(number + 1 for number in have)]))
+    contents = np.array([tf.io.encode_png(image).numpy() for image in images], dtype=object)
+    sample = {"serving_default": {"image_bytes": contents}, "pixels": {"pixels": images}}
+    signatures = image_signatures(model, images.shape[1:], data.labels)
+    source = {"unit": unit, "data": data.provenance["name"]}
+    export(model, folder, signatures, sample=sample, labels=data.labels, trained_on=source)
+    print(f"exported: {folder}", flush=True)
+    return folder
 
 
 def in_float32(model):
@@ -52,7 +79,8 @@ def in_float32(model):
     anywhere, and LiteRT has no 16-bit arithmetic."""
 
     def copy(layer):
-        return type(layer).from_config(layer.get_config() | {"dtype": "float32"})
+        config = layer.get_config()  # that of a plain operation (a sum written with +) knows no type
+        return type(layer).from_config(config | {"dtype": "float32"} if "dtype" in config else config)
 
     clone = keras.models.clone_model(model, clone_function=copy)
     clone.set_weights([np.asarray(weight) for weight in model.get_weights()])

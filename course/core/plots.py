@@ -158,18 +158,26 @@ def bars(values, *, title="", ylabel="", errors=None, form="{:.3g}", size=None):
     return figure
 
 
-def pareto(points, *, xlabel, ylabel, title="", xscale="log"):
-    """Named points (`points`: name -> (cost, value)) and the front of those that none beats in both."""
-    figure, axes = plt.subplots(figsize=(5.4, 3.6))
-    best, front = -np.inf, []
-    for cost, value in sorted(points.values(), key=lambda point: (point[0], -point[1])):
+def pareto(points, *, xlabel, ylabel, title="", xscale="log", numbered=False):
+    """Named points (`points`: name -> (cost, value)) and the front of those that none beats in both.
+
+    numbered: numbers at the points and the names, those on the front in bold, beside the axes, where there are many.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.6) if numbered else (5.4, 3.6))
+    best, front = -np.inf, {}
+    for name, (cost, value) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
         if value > best:
             best = value
-            front.append((cost, value))
-    axes.step(*zip(*front, strict=True), where="post", color="#bbbbbb", zorder=1)
-    for name, (cost, value) in points.items():
-        axes.scatter(cost, value, zorder=2)
-        axes.annotate(name, (cost, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            front[name] = cost, value
+    axes.step(*zip(*front.values(), strict=True), where="post", color="#bbbbbb", zorder=1)
+    for i, (name, (cost, value)) in enumerate(points.items(), 1):
+        colour = {"color": "C0" if name in front else "#999999"} if numbered else {}
+        axes.scatter(cost, value, zorder=2, label=f"{i}  {name}", **colour)
+        axes.annotate(i if numbered else name, (cost, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale=xscale)
     axes.margins(x=0.18, y=0.15)
+    if numbered:
+        listed = figure.legend(loc="outside right center", fontsize=8)
+        for text, name in zip(listed.get_texts(), points, strict=True):
+            text.set_fontweight("bold" if name in front else "normal")
     return figure

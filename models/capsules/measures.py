@@ -43,6 +43,18 @@ def routing(couplings, lengths, weight, labels):
     }
 
 
+def trace(route, encoder, images, labels, rounds):
+    """What routing does to `images`: a row of `routing` for each of 1..rounds rounds of `route` (votes, rounds)."""
+    digits = encoder.get_layer("digits")
+    primary = keras.Model(encoder.input, digits.input).predict(images, verbose=0)
+    steps = [route(digits.votes(primary), count) for count in range(1, rounds + 1)]
+
+    def lengths(capsules):
+        return np.sqrt(np.sum(np.square(np.array(capsules, np.float32)), axis=-1) + 1e-7)
+
+    return [routing(coupled, lengths(found), lengths(primary), labels) for found, coupled in steps]
+
+
 class Clock(keras.callbacks.Callback):
     """Adds each epoch's seconds to its logs, and with them to the history that survives an interruption."""
 
