@@ -231,28 +231,28 @@ def rehearse(cfg, data, metrics):
 
 
 # %%
-def ask(endpoint, names, data):
+def ask(endpoint, name, twin, data):
     """Query the endpoint by every route: its answers for 16 test pictures, milliseconds a call from one client."""
-    client, small = (Client(endpoint.url, endpoint.grpc_target, model=name) for name in names)
-    began, files = int(time.time()), pictures.first(data.test, 256)
-    answers = [client.predict(instances=[file])[0] for file in files[:16]]  # bytes travel as {"b64": ...}
-    remote = client.predict_grpc({"image_bytes": np.array(files[:16], dtype=object)})
-    if not np.allclose([row["probabilities"] for row in answers], remote["probabilities"], atol=1e-5):
-        raise RuntimeError("REST and gRPC answer differently for the same pictures")
-    shape = [int(size) for size in client.input_shape("pixels")[1:]]  # of the version that serves
-    fitted, each = pictures.pixels(data.test, shape, count=len(files)), dict(calls=200, warm_up=20)
-    places = itertools.cycle(range(len(files)))  # another picture for every call: they are what the DriftMonitor sees
-    routes = {
-        "REST, file": lambda i: client.predict(instances=files[i : i + 1]),
-        "gRPC, file": lambda i: client.predict_grpc({"image_bytes": np.array([files[i]], dtype=object)}),
-        "REST, pixels": lambda i: client.predict(instances=fitted[i : i + 1], signature="pixels"),
-        "REST, pixels, compressed": lambda i: small.predict(instances=fitted[i : i + 1]),
-    }
-    latency = {route: time_calls(lambda call=call: call(next(places)), **each) for route, call in routes.items()}
-    logged, version = len(answers) + 1 + 3 * sum(each.values()), client.available()[-1]
-    medians = ", ".join(f"{route} {row['p50_ms']:.1f} ms" for route, row in latency.items())
-    return {"answers": answers, "latency": latency, "version": version, "began": began, "logged": logged,
-            "says": f"version {version}; median {medians}"}  # fmt: skip
+    with Client(endpoint.url, endpoint.grpc_target, name) as client, Client(endpoint.url, model=twin) as small:
+        began, files = int(time.time()), pictures.first(data.test, 256)
+        answers = [client.predict(instances=[file])[0] for file in files[:16]]  # bytes travel as {"b64": ...}
+        remote = client.predict_grpc({"image_bytes": np.array(files[:16], dtype=object)})
+        if not np.allclose([row["probabilities"] for row in answers], remote["probabilities"], atol=1e-5):
+            raise RuntimeError("REST and gRPC answer differently for the same pictures")
+        shape = [int(size) for size in client.input_shape("pixels")[1:]]  # of the version that serves
+        fitted, each = pictures.pixels(data.test, shape, count=len(files)), dict(calls=200, warm_up=20)
+        places = itertools.cycle(range(len(files)))  # another picture for every call: the DriftMonitor sees them
+        routes = {
+            "REST, file": lambda i: client.predict(instances=files[i : i + 1]),
+            "gRPC, file": lambda i: client.predict_grpc({"image_bytes": np.array([files[i]], dtype=object)}),
+            "REST, pixels": lambda i: client.predict(instances=fitted[i : i + 1], signature="pixels"),
+            "REST, pixels, compressed": lambda i: small.predict(instances=fitted[i : i + 1]),
+        }
+        latency = {route: time_calls(lambda call=call: call(next(places)), **each) for route, call in routes.items()}
+        logged, version = len(answers) + 1 + 3 * sum(each.values()), client.available()[-1]
+        medians = ", ".join(f"{route} {row['p50_ms']:.1f} ms" for route, row in latency.items())
+        return {"answers": answers, "latency": latency, "version": version, "began": began, "logged": logged,
+                "says": f"version {version}; median {medians}"}  # fmt: skip
 
 
 def demo(predict, examples=()):
@@ -333,7 +333,7 @@ def main(argv=None):
             reasons = "; ".join((judged["reasons"] or infra["reasons"])[:3])
             print(f"REFUSED: {made} is not pushed ({reasons}); {judged['baseline'] or 'nothing'} keeps serving")
         pipeline.wait_available(endpoint, bases)
-        asked = step("Endpoint", lambda: ask(endpoint, [*bases], data)) if pipeline.versions(bases[name]) else None
+        asked = step("Endpoint", lambda: ask(endpoint, *bases, data)) if pipeline.versions(bases[name]) else None
         if asked:
             log = bases[name] / str(asked["version"]), run.folder / "requests" / name, name
             step("DriftMonitor", lambda: drift.watch(*log, count=asked["logged"], since=asked["began"]))

@@ -138,10 +138,10 @@ def _differs(client, numbers, labels):
     return ""
 
 
-def begin(place, base, stable=0, candidate=0):
-    """Serve both versions under their labels; returns (stable, candidate).
+def begin(place, base, candidate, stable=0):
+    """Serve both versions under their labels; returns the stable one.
 
-    Stable is what the label says, or what the file pins, or the last but one pushed; the candidate is the newest.
+    Where it is not named it is what the label says, or what the file pins, or the last one pushed before the candidate.
     Raises `Broken` where the server cannot load the candidate, which then is withdrawn; `InputError` for anything else
     that is in the way.  Both leave the file as it was.
     """
@@ -150,7 +150,6 @@ def begin(place, base, stable=0, candidate=0):
     text = Path(place.config).read_text() if Path(place.config).is_file() else ""
     entry, have = _read(place, base)[1], pipeline.pushed([base])[base]
     labels, numbers = _labels(entry, have), _pinned(entry, have)
-    candidate = candidate or have[-1]
     older = [number for number in have if number < candidate]
     stable = stable or labels.get(STABLE) or max(numbers - {labels.get(CANARY)}, default=older[-1] if older else 0)
     for number in (stable, candidate):
@@ -163,19 +162,20 @@ def begin(place, base, stable=0, candidate=0):
         apply(place, base, numbers, labels)
         apply(place, base, numbers, labels | {STABLE: stable, CANARY: candidate})
     except ServingError as error:
-        broken = _is_known(place, entry.name, candidate) and error.status != "FAILED_PRECONDITION"
+        broken = _only_lacks(place, entry.name, numbers, candidate)
         files.write_atomic(place.config, text)
         if not broken:
             raise InputError(f"{place.config} is as it was: {error}") from error
         if place.grpc:
             _reload(place, _read(place, base)[0])
         pipeline.withdraw(base, candidate)
-        raise Broken(error.status, error.message) from error
-    return stable, candidate
+        slow = f"version {candidate} has not been loaded within {place.timeout:g} s"
+        raise Broken(error.status, slow if error.status == "DEADLINE_EXCEEDED" else error.message) from error
+    return stable
 
 
 class Broken(ServingError):
-    """The server has tried to load the candidate, in vain."""
+    """The server has tried to load the candidate, in vain, or for longer than it may."""
 
 
 def _labels(entry, have):
@@ -186,11 +186,14 @@ def _pinned(entry, have):
     return {*entry.model_version_policy.specific.versions, *entry.version_labels.values()} & {*have}
 
 
-def _is_known(place, name, number):
-    """Whether a server has found a version, in whatever state it is: then it has read the file."""
+def _only_lacks(place, name, numbers, number):
+    """Whether a server has found a version (so it has read the file) and serves every other one of `numbers`.
+
+    Then the failure is that version's own, and neither another one's nor a label's.
+    """
     with Client(place.url, model=name) as client:
         try:
-            return bool(client.status(number)) and number not in client.available()
+            return bool(client.status(number)) and numbers - {*client.available()} == {number}
         except ServingError:
             return False
 
@@ -233,7 +236,8 @@ def roll_back(base, place):
 def compare(ask, requests, options):
     """Send each request to both labels and judge: {"verdict", "reasons", "says", "stable", "canary", "disagreement"}.
 
-    What the candidate may differ by is in `options`; a limit has to be passed beyond the chance of the sample.
+    What the candidate may differ by is in `options`; the limits of answers and latency have to be passed beyond the
+    chance of the sample, `max_errors` as it is.
 
     `ask(request, label)` gives the outputs by name, as arrays, and raises `ServingError` for a refusal.  Which label is
     asked first alternates, so that neither profits from what the other has warmed up.
@@ -385,38 +389,47 @@ def command(bases, words, prog):
     if options.log and not options.grpc:
         raise InputError("--log goes with --grpc, the server's gRPC address: logged requests are sent there")
     place = Place(options.config, options.url, options.grpc, options.model, options.timeout)
-    name, number = _read(place, base)[1].name, options.candidate or pipeline.pushed([base])[base][-1]
+    name, candidate = _read(place, base)[1].name, options.candidate or pipeline.pushed([base])[base][-1]
+    target = Path(options.output or Path(options.config).with_name(f"canary-{name}-{candidate}.json"))
     try:
-        verdict = run(place, base, name, options)
+        verdict = run(place, base, name, candidate, options, target)
     except ServingError as error:
-        raise InputError(f"the canary has stopped half-way, both versions serve, run it again: {error}") from error
-    target = Path(options.output or Path(options.config).with_name(f"canary-{name}-{number}.json"))
-    files.write_atomic(target, to_json(verdict))
+        raise InputError(
+            "the canary has stopped half-way, both versions serve: run it again or, where the candidate ends the "
+            f"server, take it back with roll-back --config: {error}"
+        ) from error
     for label in {STABLE, CANARY} & verdict.keys():
         print(f"  {label}: version {verdict['versions'][label]}, {_line(verdict[label])}")
     print(f"{verdict['says']} ({target})")
 
 
-def run(place, base, name, options):
-    """The whole canary: both labelled, compared, promoted or rolled back; returns the verdict."""
+def run(place, base, name, candidate, options, target):
+    """The whole canary: both labelled, compared, promoted or rolled back; returns the verdict.
+
+    It is written to the file `target` before the versions change: a server that is gone by then does not lose it.
+    """
     from serving import pipeline
 
     bodies = _bodies(options.requests) if options.requests else None
     try:
-        stable, candidate = begin(place, base, options.stable, options.candidate)
+        stable = begin(place, base, candidate, options.stable)
     except Broken as error:
-        return {"verdict": ROLLED_BACK, "reasons": [str(error)], "says": f"{ROLLED_BACK}: it cannot be loaded: {error}"}
+        verdict = {"verdict": ROLLED_BACK, "reasons": [str(error)], "says": f"{ROLLED_BACK}: it does not load: {error}"}
+        files.write_atomic(target, to_json(verdict))
+        return verdict
     with Client(place.url, place.grpc or None, model=name) as client:
         if bodies is None:
             verdict = compare(ask_grpc(client), _logged(options, name), options)
         else:
             verdict = compare(ask_rest(client), bodies, options)
+    verdict |= {"versions": {STABLE: stable, CANARY: candidate}}
+    files.write_atomic(target, to_json(verdict))
     if verdict["verdict"] == PROMOTED:
         finish(place, base, candidate, stable)
     elif verdict["verdict"] == ROLLED_BACK:
         finish(place, base, stable, candidate)
         pipeline.withdraw(base, candidate)
-    return verdict | {"versions": {STABLE: stable, CANARY: candidate}}
+    return verdict
 
 
 def _logged(options, name):

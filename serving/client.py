@@ -38,7 +38,10 @@ class Client:
     def __init__(self, url, grpc_target=None, model="default", timeout=30.0):
         self.model = model
         self.timeout = timeout
-        self._http = httpx.Client(base_url=url, timeout=timeout)
+        try:
+            self._http = httpx.Client(base_url=url, timeout=timeout)
+        except httpx.InvalidURL as error:
+            raise core.InputError(f"{url!r} is no address of a server, as http://127.0.0.1:8501: {error}") from error
         self._grpc_target = grpc_target
         self._channel = None
 
@@ -188,7 +191,8 @@ def _image_for(path, info):
     if sizes[1] > 0 and sizes[2] > 0:
         image = image.resize((sizes[2], sizes[1]))
     pixels = np.asarray(image).reshape(*image.size[::-1], sizes[3])
-    return (pixels if "INT" in info["dtype"] else pixels / 255.0).tolist()
+    # 0..255, as every model here takes them
+    return (pixels if "INT" in info["dtype"] else pixels.astype(float)).tolist()
 
 
 def main(argv):

@@ -49,10 +49,9 @@ def models(options):
     """unit -> model name, for the units asked for; `InputError` where there is nothing to show."""
     exports = Path(options.exports)
     units = [catalogue.find(unit.removeprefix("course."), catalogue.units()).name for unit in options.units]
-    units = units or sorted(path.name for path in exports.glob("*") if (UNITS / f"{path.name}.py").exists())
-    others = sorted(
-        path.name for path in exports.glob("*") if pipeline.versions(path) and not path.name.endswith("_lite")
-    )
+    pushed = sorted(path.name for path in exports.glob("*") if pipeline.versions(path))
+    units = units or [name for name in pushed if (UNITS / f"{name}.py").exists()]
+    others = [name for name in pushed if not name.endswith("_lite")]
     if not units and others:
         raise core.InputError(f"name the unit whose page is to show {' or '.join(others)}: UNIT --model {others[0]}")
     if not units:
@@ -73,30 +72,31 @@ def predictor(url, model):
     """`predict(bytes) -> {"probabilities": {label: p}, "version": v, "milliseconds": t}` over an endpoint's REST."""
     import gradio as gr
 
-    connection, names = client.Client(url, model=model), {}
+    names = {}  # of the classes, by version
 
     def predict(content):
         try:
-            return ask(content)
+            with client.Client(url, model=model) as connection:
+                return ask(connection, content)
         except client.ServingError as error:
             raise gr.Error(str(error)) from error  # the page shows it, and goes on
 
-    def ask(content):
-        version = serving()
+    def ask(connection, content):
+        version = serving(connection)
         try:
-            return ask_version(content, version)
+            return ask_version(connection, content, version)
         except client.ServingError as error:
-            if error.status != 404 or serving() == version:
+            if error.status != 404 or serving(connection) == version:
                 raise
-            return ask_version(content, serving())  # another version has taken over in between
+            return ask_version(connection, content, serving(connection))  # another version has taken over in between
 
-    def serving():
+    def serving(connection):
         numbers = connection.available()
         if not numbers:
             raise client.ServingError("UNAVAILABLE", f"no version of {model} serves at {url}")
         return numbers[-1]
 
-    def ask_version(content, version):
+    def ask_version(connection, content, version):
         """The request names the version, so that the answer is known to be that version's."""
         start = time.perf_counter()
         (answer,) = connection.predict(instances=[content], version=version)
@@ -142,7 +142,8 @@ def launch(chosen, url, samples, host="127.0.0.1", port=7860):
     port = pipeline.free_port(port, "--port", host)
     page = pages(chosen, url, samples)
     page.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, css=core.pages.CSS)
-    print(f"demo:     http://{host}:{port}\nendpoint: {url}/models\nCtrl-C ends it", flush=True)
+    endpoints = ", ".join(f"{url}/v1/models/{model}" for model in chosen.values())
+    print(f"demo:     http://{host}:{port}\nendpoint: {endpoints}\nCtrl-C ends it", flush=True)
     try:
         page.block_thread()
     finally:

@@ -162,20 +162,30 @@ def summarise_pictures(examples):
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
-def measure(log, known, labels):
+def measure(log, known, labels, seen=None):
     """Name -> values (one a row of the request) of the features in `known` that one `PredictionLog` tells.
 
     Image files and pixels [N, H, W, 1 or 3], where the training data were pictures; other inputs and outputs by their
-    columns; the features of tf.Examples by their names; and the class that was answered, of `labels`.
+    columns; the features of tf.Examples by their names; and the class that was answered, of `labels`.  Where the set
+    `seen` is given, a row of a Predict call whose inputs are in it is passed over, and those of the others are added.
     """
     kind = log.WhichOneof("log_type")
     if kind == "predict_log":
         from serving.server import tensors
 
         call, found = log.predict_log, {}
-        for alias, tensor in call.request.inputs.items():
-            _add(found, _input_features(alias, tensors.from_proto(tensor), known))
+        inputs = {alias: tensors.from_proto(tensor) for alias, tensor in call.request.inputs.items()}
         outputs = {alias: tensors.from_proto(tensor) for alias, tensor in call.response.outputs.items()}
+        new = [] if seen is None else _new_rows(inputs, seen)
+        if len(new) and not new.any():
+            return {}
+        if len(new) and not new.all():
+            inputs, outputs = (
+                {alias: array[new] if array.shape[:1] == new.shape else array for alias, array in arrays.items()}
+                for arrays in (inputs, outputs)
+            )
+        for alias, array in inputs.items():
+            _add(found, _input_features(alias, array, known))
         for alias, array in outputs.items():
             if array.dtype != object:
                 _add(found, columns(alias, array))
@@ -189,6 +199,24 @@ def measure(log, known, labels):
     else:
         found = _example_features(log.multi_inference_log.request.input, known)
     return {name: values for name, values in found.items() if name in known and len(values)}
+
+
+def _new_rows(inputs, seen):
+    """bool [N]: which rows of a Predict call's inputs are not in `seen`, to which they are added; [] without rows."""
+    counts = {array.shape[:1] for array in inputs.values()}
+    if len(counts) != 1 or counts == {()}:
+        return np.zeros(0, bool)
+    ((count,),) = counts
+    new = np.zeros(count, bool)
+    for i in range(count):
+        digest = hashlib.sha256()
+        for alias, array in sorted(inputs.items()):
+            parts = [*array[i : i + 1].reshape(-1)] if array.dtype == object else [array[i].tobytes()]
+            digest.update(repr((alias, array.shape[1:], array.dtype.str, [*map(len, parts)])).encode())
+            digest.update(b"".join(parts))
+        new[i] = digest.digest() not in seen
+        seen.add(digest.digest())
+    return new
 
 
 def _add(found, features):
@@ -294,17 +322,12 @@ def monitor(version, logs):
         reference = json.loads((assets / STATISTICS).read_text())["features"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{assets / STATISTICS} is missing or damaged: a version pushed anew has it") from error
-    schema = json.loads((assets / SCHEMA).read_text()) if (assets / SCHEMA).exists() else {}
-    limits = thresholds(reference) | schema.get("drift", {})
-    for name, limit in limits.items():
-        if limit.get("measure") not in MEASURES or not 0 < limit.get("threshold", 0) < 1:
-            raise InputError(f"{assets / SCHEMA}: drift of {name} needs a measure and a threshold")
+    limits = _limits(assets / SCHEMA, reference)
     labels = (assets / "labels.txt").read_text().splitlines() if (assets / "labels.txt").exists() else []
     values, times, seen = {name: [] for name in reference}, [], set()
     for log in logs:
         times.append(log.log_metadata.timestamp_secs)
-        found = measure(log, reference, labels)
-        _add(values, _once(log, found, seen) if "brightness" in reference else found)
+        _add(values, measure(log, reference, labels, seen if "brightness" in reference else None))
     found = {name: compare(name, reference[name], values[name], limits[name]) for name in reference}
     ringing = [name for name, entry in found.items() if entry["alarm"]]
     judged = [name for name, entry in found.items() if entry["alarm"] is not None]
@@ -315,23 +338,17 @@ def monitor(version, logs):
     return {"verdict": verdict, "says": says, "records": len(times), **span, "features": found}
 
 
-def _once(log, found, seen):
-    """`found` without the rows of a Predict call whose pictures have been `seen`; these are added to it."""
-    from serving.server import tensors
-
-    arrays = [tensors.from_proto(tensor) for tensor in log.predict_log.request.inputs.values()]
-    if not arrays or any(not array.ndim or len(array) != len(arrays[0]) for array in arrays):
-        return found
-    new = []
-    for row in zip(*arrays, strict=True):
-        parts = (value if isinstance(value, bytes) else np.asarray(value).tobytes() for value in row)
-        digest = hashlib.sha256(b"".join(parts)).digest()
-        new.append(digest not in seen)
-        seen.add(digest)
-    return {
-        name: [value for value, fresh in zip(values, new, strict=True) if fresh] if len(values) == len(new) else values
-        for name, values in found.items()
-    }
+def _limits(path, reference):
+    """The schema's drift thresholds, and those of `thresholds` for features of which it has none."""
+    try:
+        limits = thresholds(reference) | (json.loads(path.read_text()).get("drift", {}) if path.exists() else {})
+        bad = [name for name, limit in limits.items()
+               if limit.get("measure") not in MEASURES or not 0 < limit.get("threshold", 0) < 1]  # fmt: skip
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: a version pushed anew has it whole") from error
+    if bad:
+        raise InputError(f"{path}: drift of {bad[0]} needs a measure and a threshold")
+    return limits
 
 
 def figure(verdict, title=""):
@@ -376,15 +393,15 @@ class Options:
     output: str = ""  # the JSON verdict, and beside it the figure; default: PREFIX.drift.json
 
 
-def select(logs, version, model="", last=None, since=0):
-    """The newest `last` records that a version of a model answered, from the second `since` on (of 1970's count).
+def select(logs, version, model="", last=None):
+    """The newest `last` records that a version of a model answered.
 
     `InputError` where there are none, or where no `model` is named and the log is of several.
     """
     answered, others, names = collections.deque(maxlen=last), set(), set()
     for log in logs:
         spec = log.log_metadata.model_spec
-        if model in ("", spec.name) and log.log_metadata.timestamp_secs >= since:
+        if model in ("", spec.name):
             names.add(spec.name)
             others.add(spec.version.value)
             if spec.version.value == version:
@@ -398,20 +415,26 @@ def select(logs, version, model="", last=None, since=0):
 
 
 def watch(version, prefix, model, *, count, since, timeout=60):
-    """`monitor` for the newest `count` requests to `model` that were logged from the second `since` on.
+    """`monitor` for the newest `count` requests to `model` that were logged from the second `since` (of 1970's) on.
 
-    They are waited for: the log is written after the answers have been sent.
+    They are waited for, as the log is written after the answers have been sent.  Those that do not come (their server
+    was killed, its disk is full) are told of, and the others judged.
     """
     from serving.server import request_log
 
-    deadline, number = time.monotonic() + timeout, int(Path(version).name)
-    while time.monotonic() < deadline:
-        with contextlib.suppress(InputError):
-            logs = select(request_log.read(prefix), number, model, count, since)
-            if len(logs) == count:
-                return monitor(version, logs)
+    logs, seen = collections.deque(maxlen=count), {}
+    deadline, wanted = time.monotonic() + timeout, (model, int(Path(version).name))
+    while True:
+        for log in request_log.read(prefix, seen):
+            about = log.log_metadata
+            if (about.model_spec.name, about.model_spec.version.value) == wanted and about.timestamp_secs >= since:
+                logs.append(log)
+        if len(logs) == count or time.monotonic() > deadline:
+            break
         time.sleep(0.1)
-    raise InputError(f"after {timeout:g} s the log at {prefix} has not the {count} requests that were sent")
+    verdict = monitor(version, logs)
+    lost = f"; {count - len(logs):,} that were sent are not in the log" if len(logs) < count else ""
+    return verdict | {"says": verdict["says"] + lost}
 
 
 def rehearse(version, prefix, model, url, files):

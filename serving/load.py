@@ -39,11 +39,12 @@ class Load:
     clients: int = 1  # each waits for its answer before it asks again
     seconds: float = 3.0
     warm_up: float = 0.5  # seconds before those, not counted
+    patience: float = 30.0  # seconds that an answer may take beyond the end; then it is lost
 
     def __post_init__(self):
         if not ipaddress.ip_address(self.host).is_loopback:
             raise InputError(f"{self.host} is not this machine: the load generator asks loopback addresses only")
-        if not 1 <= self.clients <= MOST_CLIENTS or not 0 < self.seconds + self.warm_up <= MOST_SECONDS:
+        if not 1 <= self.clients <= MOST_CLIENTS or not 0 < self.warm_up + self.seconds + self.patience <= MOST_SECONDS:
             raise InputError(f"give 1 to {MOST_CLIENTS} clients, and at most {MOST_SECONDS} seconds")
 
 
@@ -51,6 +52,7 @@ class Load:
 class Measured:
     """What came back."""
 
+    begin: float  # of the count, on this machine's `time.perf_counter`
     seconds: float  # that were counted
     statuses: dict[str, int]  # HTTP status or gRPC code, as text -> answers; "lost" are those that never came
     ends: np.ndarray  # seconds since the count began at which each good answer was complete, float64 [n]
@@ -110,18 +112,22 @@ def generate(load):
 
 
 class _Log:
-    """Answers as they come; those of the warm-up and after the end are not kept."""
+    """Answers as they come; those that come in the warm-up or after the end are not kept."""
 
     def __init__(self, load):
-        self.begin = time.perf_counter() + load.warm_up
-        self.end = self.begin + load.seconds
+        self._load = load
         self.statuses = Counter()
         self.times = []  # (start, end) of each good answer
+
+    def start(self):
+        """Start the clock: everything is connected."""
+        self.begin = time.perf_counter() + self._load.warm_up
+        self.end = self.begin + self._load.seconds
 
     def add(self, status, start, good):
         """Note an answer; returns whether there is still time for another."""
         now = time.perf_counter()
-        if self.begin <= start and now <= self.end:
+        if self.begin <= now <= self.end:
             self.statuses[status] += 1
             if good:
                 self.times.append((start, now))
@@ -139,9 +145,11 @@ class _HttpClient(asyncio.Protocol):
 
     def connection_made(self, transport):
         self._transport = transport
-        self._ask()
 
-    def _ask(self):
+    def ask(self):
+        """Send the request; the next one follows its answer, until the time is up."""
+        if self._transport.is_closing():
+            return
         self._start = time.perf_counter()
         self._transport.write(self._request)
 
@@ -158,14 +166,14 @@ class _HttpClient(asyncio.Protocol):
         status = self._received[9:12].decode()
         self._received, self._wanted = b"", 0
         if self._log.add(status, self._start, status == "200"):
-            self._ask()
+            self.ask()
         else:
+            self.done.set_result(True)
             self._transport.close()
 
     def connection_lost(self, error):
-        if time.perf_counter() < self._log.end:
-            self._log.statuses["lost"] += 1
-        self.done.set_result(None)
+        if not self.done.done():
+            self.done.set_result(False)
 
 
 async def _ask_http(load, log):
@@ -175,7 +183,11 @@ async def _ask_http(load, log):
         (await loop.create_connection(lambda: _HttpClient(request, log), load.host, load.port))[1]
         for _ in range(load.clients)
     ]
-    await asyncio.gather(*(client.done for client in clients))
+    log.start()
+    for client in clients:
+        client.ask()
+    await asyncio.wait([client.done for client in clients], timeout=load.warm_up + load.seconds + load.patience)
+    log.statuses["lost"] += sum(not (client.done.done() and client.done.result()) for client in clients)
 
 
 async def _ask_grpc(load, log):
@@ -186,13 +198,15 @@ async def _ask_grpc(load, log):
         while going:
             start = time.perf_counter()
             try:
-                await call(load.body, timeout=60)
+                await call(load.body, timeout=load.warm_up + load.seconds + load.patience)
                 going = log.add("OK", start, True)
             except grpc.RpcError as error:
                 going = log.add(error.code().name, start, False)
 
     async with grpc.aio.insecure_channel(f"{load.host}:{load.port}") as channel:
         call = channel.unary_unary(_PREDICT)  # bytes both ways: protobuf's time is the caller's, not the server's
+        await channel.channel_ready()
+        log.start()
         await asyncio.gather(*(ask() for _ in range(load.clients)))
 
 
@@ -204,7 +218,7 @@ def _main():
     log = _Log(load)
     uvloop.run((_ask_http if load.path else _ask_grpc)(load, log))
     times = np.array(log.times, np.float64).reshape(-1, 2)
-    header = {"seconds": load.seconds, "statuses": log.statuses}
+    header = {"begin": log.begin, "seconds": load.seconds, "statuses": +log.statuses}
     numbers = np.stack([times[:, 1] - log.begin, 1e3 * (times[:, 1] - times[:, 0])])
     sys.stdout.buffer.write(json.dumps(header).encode() + b"\n" + numbers.tobytes())
 

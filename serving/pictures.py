@@ -39,9 +39,10 @@ def ingest(source, folder, *, seed, limit=0, val_share=0.1, test_share=0.15, ski
 
     `source` holds a folder a class, or `train/` and `test/` with a folder a class each.  Pictures are grouped by the
     sha256 of their decoded pixels, and a group never crosses the split: a hash of (seed, pixels) decides where each
-    one goes, so that adding pictures later moves none from training to test.  Copies of one picture are kept
-    once; where copies carry different labels none is kept.  Where `source` brings its own test part that part is
-    kept, and copies of its pictures are taken out of training.  `limit`: files taken of each folder, 0 for all.
+    one goes, so that adding pictures later to a class of three or more moves none from training to test.  Copies of
+    one picture are kept once; where copies carry different labels none is kept.  Where `source` brings its own test
+    part that part is kept, and copies of its pictures are taken out of training.  `limit`: files taken of each folder,
+    0 for all.
 
     Returns the manifest.  Raises `InputError` for a missing or empty folder, a class without pictures, and, unless
     `skip_corrupt`, a file that the serving graph could not decode.
@@ -100,8 +101,9 @@ def _find(source, limit):
         if part not in parts:
             continue
         for folder in sorted(path for path in parts[part].iterdir() if path.is_dir() and path.name[0] not in "._"):
-            # names with a dot in front are other programs' notes (macOS: ._picture.jpg)
-            found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+            # names with a dot in front are other programs' (._picture.jpg of macOS, .thumbnails/)
+            named = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+            found = sorted(p for p in named if not any(part[0] == "." for part in p.relative_to(folder).parts))
             if not found:
                 kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
                 raise InputError(f"class {folder.name} is empty: {folder} holds no {kinds} file; add some or remove it")

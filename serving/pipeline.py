@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import math
+import re
 import shutil
 import socket
 import tempfile
@@ -177,7 +178,13 @@ def notes(schema, training, inputs, confusion):
 def schema_of(base):
     """The schema that the newest pushed version in `base` was trained under; None where nothing has been pushed."""
     have = versions(base)
-    return json.loads((Path(base) / str(have[-1]) / "assets.extra" / "schema.json").read_text()) if have else None
+    if not have:
+        return None
+    path = Path(base) / str(have[-1]) / "assets.extra" / drift.SCHEMA
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is missing or damaged: roll it back, or push anew to another --exports") from error
 
 
 def _shares(counts):
@@ -368,7 +375,8 @@ def infra_validate(candidates, *, tolerance=1e-3):
             with server.spawn(names[0], model_config_file=config) as sandbox:
                 for name, version in candidates.items():
                     dataclasses.replace(sandbox, model_name=name).wait_available(int(Path(version).name))
-                    wrong = _plays_sample(client.Client(sandbox.url, model=name), Path(version), tolerance)
+                    with client.Client(sandbox.url, model=name) as connection:
+                        wrong = _plays_sample(connection, Path(version), tolerance)
                     reasons += [f"{name}: {wrong}"] if wrong else []
         except (client.ServingError, InputError, StatusError) as error:
             reasons.append(" ".join(str(error).split())[:300])
@@ -399,9 +407,13 @@ def _plays_sample(connection, version, tolerance):
 
 
 def versions(base):
-    """Version numbers in a model's folder, oldest first; unfinished and withdrawn ones have other names."""
+    """Version numbers in a model's folder, oldest first; unfinished and withdrawn ones have other names.
+
+    A number with zeros in front is none of ours: a path made of it would lead nowhere.
+    """
     base = Path(base)
-    return sorted(int(path.name) for path in base.iterdir() if path.name.isdecimal()) if base.is_dir() else []
+    names = [path.name for path in base.iterdir()] if base.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
 @contextlib.contextmanager
@@ -412,6 +424,21 @@ def _pushing(base):
         fcntl.flock(lock, fcntl.LOCK_EX)
         files.sweep(base)
         yield
+
+
+@contextlib.contextmanager
+def _pushing_all(bases):
+    """`_pushing` in several folders at once, in one order for all, so that no two commands wait for each other."""
+    with contextlib.ExitStack() as stack:
+        for base in sorted(bases, key=Path.resolve):
+            if base.is_dir():  # a folder that is misspelt is not to be made
+                stack.enter_context(_pushing(base))
+        yield
+
+
+def _once_each(bases):
+    """Folders as paths, without those that are another one's second spelling."""
+    return [*{Path(base).resolve(): Path(base) for base in bases}.values()]
 
 
 def push(version, base):
@@ -479,17 +506,20 @@ def wait_available(running, bases):
 
 def withdrawn(base):
     """Withdrawn versions in a model's folder: number -> the folder of its latest withdrawal."""
-    found = {}
-    for path in sorted(Path(base).glob("withdrawn-*"), key=lambda path: int(path.name.split("-")[2])):
-        found[int(path.name.split("-")[1])] = path
-    return found
+    names = [re.fullmatch(r"withdrawn-([0-9]+)-([0-9]+)", path.name) for path in Path(base).glob("withdrawn-*")]
+    latest_last = sorted(filter(None, names), key=lambda name: int(name[2]))
+    return {int(name[1]): Path(base) / name[0] for name in latest_last}
 
 
 def withdraw(base, number):
     """Hide one version, under a name `withdrawn-<version>-<time>` that no server takes for a version."""
     base = Path(base)
     with _pushing(base):
-        (base / str(number)).rename(base / f"withdrawn-{number}-{time.time_ns()}")
+        _hide(base, number)
+
+
+def _hide(base, number):
+    (base / str(number)).rename(base / f"withdrawn-{number}-{time.time_ns()}")
 
 
 def roll_back(*bases):
@@ -498,16 +528,18 @@ def roll_back(*bases):
     Several folders (a model and its compressed twin) go back together.  `InputError`, and nothing is changed, where one
     of them would be left without a version, or where their newest ones are not the same.
     """
-    have = {base: versions(base) for base in bases}
-    for base, numbers in have.items():
-        if len(numbers) < 2:
-            raise InputError(f"{base} holds {len(numbers)} version(s): there is none to roll back to")
-    if len({(numbers[-2], numbers[-1]) for numbers in have.values()}) > 1:
-        newest = ", ".join(f"{numbers[-2]} and {numbers[-1]} in {base}" for base, numbers in have.items())
-        raise InputError(f"the two newest versions differ ({newest}): roll these back one at a time")
-    previous, newest = have[bases[0]][-2:]
-    for base in bases:
-        withdraw(base, newest)
+    bases = _once_each(bases)
+    with _pushing_all(bases):
+        have = {base: versions(base) for base in bases}
+        for base, numbers in have.items():
+            if len(numbers) < 2:
+                raise InputError(f"{base} holds {len(numbers)} version(s): there is none to roll back to")
+        if len({(numbers[-2], numbers[-1]) for numbers in have.values()}) > 1:
+            newest = ", ".join(f"{numbers[-2]} and {numbers[-1]} in {base}" for base, numbers in have.items())
+            raise InputError(f"the two newest versions differ ({newest}): roll these back one at a time")
+        previous, newest = have[bases[0]][-2:]
+        for base in bases:
+            _hide(base, newest)
     return newest, previous
 
 
@@ -516,19 +548,20 @@ def restore(*bases, number=None):
 
     `InputError`, and nothing is changed, where one of the folders has not withdrawn it or holds one of that number.
     """
-    found = {base: withdrawn(base) for base in bases}
-    for base, away in found.items():
-        if not away:
-            raise InputError(f"{base} has no withdrawn version")
-    number = number or max(max(away) for away in found.values())
-    for base, away in found.items():
-        if number not in away:
-            raise InputError(f"{base} has not withdrawn version {number} (but {', '.join(map(str, sorted(away)))})")
-        if number in versions(base):
-            raise InputError(f"{base} holds a version {number} already")
-    for base, away in found.items():
-        with _pushing(Path(base)):
-            away[number].rename(Path(base) / str(number))
+    bases = _once_each(bases)
+    with _pushing_all(bases):
+        found = {base: withdrawn(base) for base in bases}
+        for base, away in found.items():
+            if not away:
+                raise InputError(f"{base} has no withdrawn version")
+        number = number or max(max(away) for away in found.values())
+        for base, away in found.items():
+            if number not in away:
+                raise InputError(f"{base} has not withdrawn version {number} (but {', '.join(map(str, sorted(away)))})")
+            if number in versions(base):
+                raise InputError(f"{base} holds a version {number} already")
+        for base, away in found.items():
+            away[number].rename(base / str(number))
     return number
 
 
@@ -560,7 +593,7 @@ USAGE = """usage: python -m serving.pipeline COMMAND exports/<model> [...] [--fl
   canary     serve a new version beside the stable one, compare, then promote it or roll it back
   drift      hold logged requests against the training statistics
   warm-up    make logged requests the warm-up file of exports/<model>/<version>
-COMMAND exports/<model> --help lists a command's flags"""
+COMMAND --help lists a command's flags"""
 
 
 @dataclasses.dataclass
@@ -570,6 +603,7 @@ class RollBack:
     url: str = ""  # REST address of a running server: wait until it serves the version before
     config: str = ""  # the models.config that pins the versions, after a canary; needs --url
     grpc: str = ""  # gRPC address, to have that file read at once
+    model: str = ""  # the model's name at the server, where it is not the folder's
     timeout: float = 60.0  # seconds to wait for the server
 
 
@@ -579,6 +613,7 @@ class Restore:
 
     version: int = 0  # the version; 0: the newest withdrawn one
     url: str = ""  # REST address of a running server: wait until it serves the newest version
+    model: str = ""  # the model's name there, where it is not the folder's
     timeout: float = 60.0  # seconds to wait for the server
 
 
@@ -603,7 +638,8 @@ def main(argv):
         print(USAGE)
         return
     count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    if count < 2 or argv[0] not in commands:
+    folders_needed = 0 if {"--help", "-h"} & {*argv} else 1
+    if count < 1 + folders_needed or argv[0] not in commands:
         raise InputError("usage: python -m serving.pipeline COMMAND exports/<model> [...]; --help lists the commands")
     commands[argv[0]](argv[1:count], argv[count:], f"python -m serving.pipeline {argv[0]} exports/<model>")
 
@@ -625,6 +661,9 @@ def only(bases):
 
 
 def _list(bases, words, prog):
+    if words in (["--help"], ["-h"]):
+        print(USAGE)
+        return
     if words:
         raise InputError(f"{words[0]} is not known: versions takes folders only")
     for base in bases:
@@ -639,45 +678,70 @@ def _roll_back(bases, words, prog):
     options = flags.read(RollBack(), words, prog=prog, description=RollBack.__doc__)
     pushed(bases)
     if options.config:
-        place = canary.Place(options.config, options.url, options.grpc, timeout=options.timeout)
+        place = canary.Place(options.config, options.url, options.grpc, options.model, options.timeout)
         if not options.url:
             raise InputError("--config goes with --url, the address of the server that reads it")
         newest, previous = canary.roll_back(only(bases), place)
         print(f"{only(bases)}: version {newest} is withdrawn; {previous} serves at {options.url}")
         return
-    newest, previous = roll_back(*bases)
-    for base in bases:
-        print(f"{base}: version {newest} is withdrawn; {_now_serves(base, previous, options)}")
+    names = _served_as(bases, options)
+    newest, previous = roll_back(*names)
+    try:
+        says = {base: _now_serves(name, previous, options) for base, name in names.items()}
+    except InputError as error:
+        restore(*names, number=newest)  # or nothing would serve
+        raise InputError(
+            f"version {newest} is not withdrawn: {error}; where models.config pins the versions, give --config"
+        ) from error
+    for base, line in says.items():
+        print(f"{base}: version {newest} is withdrawn; {line}")
 
 
 def _restore(bases, words, prog):
     options = flags.read(Restore(), words, prog=prog, description=Restore.__doc__)
-    number = restore(*bases, number=options.version)
-    for base in bases:
-        print(f"{base}: version {number} is back; {_now_serves(base, versions(base)[-1], options)}")
+    names = _served_as(bases, options)
+    number = restore(*names, number=options.version)
+    for base, name in names.items():
+        try:
+            print(f"{base}: version {number} is back; {_now_serves(name, versions(base)[-1], options)}")
+        except InputError as error:
+            raise InputError(
+                f"version {number} is back in {base}, but {error}; where models.config pins the versions, a canary of "
+                "that version has it served"
+            ) from error
 
 
-def _now_serves(base, number, options):
-    """Which version serves, asked of a running server where one is named, once it is `number`."""
+def _served_as(bases, options):
+    """Folder -> the name under which a server has its model."""
+    bases = _once_each(bases)
+    if options.model and len(bases) > 1:
+        raise InputError("--model goes with one folder")
+    return {base: options.model or base.resolve().name for base in bases}
+
+
+def _now_serves(name, number, options):
+    """Which version of a model serves, asked of a running server where one is named, once it is `number`."""
     from serving.client import Client, ServingError
 
     if not options.url:
         return f"{number} serves wherever the latest version is served"
-    deadline, serving, why = time.monotonic() + options.timeout, [], ""
-    with Client(options.url, model=Path(base).resolve().name) as connection:
+    start, serving, why = time.monotonic(), [], ""
+    deadline = start + options.timeout
+    with Client(options.url, model=name) as connection:
         while True:
             try:
-                serving = connection.available()
+                states = {int(entry["version"]): entry["state"] for entry in connection.status()}
+                serving = sorted(version for version, state in states.items() if state == "AVAILABLE")
+                if {*states.values()} <= {"END"}:  # nothing serves, or is about to: do not leave it so for long
+                    deadline = min(deadline, time.monotonic() + 2)
             except ServingError as error:
                 serving, why = [], f" ({error})"
-            if serving == [number]:
+            if serving[-1:] == [number]:  # the highest is what is asked; a policy may have older ones serve on
                 return f"{number} serves at {options.url}"
             if time.monotonic() > deadline:
                 found = f"{', '.join(map(str, serving)) or 'nothing'}{why}"
-                raise InputError(
-                    f"the folder is changed, but after {options.timeout:g} s {options.url} serves {found} and not "
-                    f"{number}: where models.config pins the versions, give --config"
-                )
+                waited = f"after {time.monotonic() - start:.1f} s"
+                raise InputError(f"{waited} {options.url} serves {found} and not {number}")
             time.sleep(0.1)
 
 

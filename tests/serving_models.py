@@ -1,14 +1,18 @@
-"""The models that the serving tests ask, small enough to be built where they are needed.
+"""The models that the serving tests ask, small enough to be built where they are needed; how they are published, and
+waited for.
 
 The conformance cases name them (`fixtures` in data/serving_conformance.json).  Most are plain graphs with a session's
 SavedModel, since only that writes signatures for Classify and Regress.
 """
 
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 
 from serving.server.signatures import CLASSIFY, PREDICT, REGRESS
+from serving.server.status import StatusError
 
 IDENTITIES = {
     "i32": "int32",
@@ -180,3 +184,24 @@ def build_conformance(folder):
     path = folder / "models.config"
     path.write_text(f"model_config_list {{\n{config}}}\n")
     return path
+
+
+def publish(source, base, name):
+    """Copy the version folder `source` to `base`/`name` (a number, or another spelling) as a pusher does: whole, by one
+    rename."""
+    base.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, base / f".tmp-{name}")
+    (base / f".tmp-{name}").rename(base / str(name))
+
+
+def wait_for(condition, timeout=20):
+    """Wait until `condition()` holds, passing over refusals meanwhile."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            if condition():
+                return
+        except StatusError:
+            pass
+        assert time.monotonic() < deadline, "the awaited state did not come"
+        time.sleep(0.02)

@@ -15,6 +15,7 @@ def test_ratios_know_their_bounds():
     assert not Ratio("a", "b / c", 6.1, 2, 3, False).met
     assert not Ratio("a", "b / c", math.nan, 2, 3, True).met
     assert not Ratio("a", "b / c", math.nan, 2, 3, False).met
+    assert not Ratio("a", "b / c", 1, 0, 3, True).met
 
 
 def test_a_missed_bound_is_named_and_gives_status_1(capsys):

@@ -14,6 +14,8 @@ from pathlib import Path
 import gradio
 import psutil
 import pytest
+from gradio.data_classes import ImageData
+from PIL import Image
 
 from course import core
 from course import day25_vision_pipeline as unit
@@ -106,6 +108,23 @@ def test_the_demo_calls_the_endpoint(pushed, folder, monkeypatch):
         monkeypatch.setattr(client.Client, "available", lambda self: [])
         with pytest.raises(gradio.Error, match="no version of day25_vision_pipeline serves"):
             demos.predictor(endpoint.url, unit.UNIT)(picture)
+
+
+def test_only_what_has_been_pushed_has_a_page(tmp_path):
+    (tmp_path / unit.UNIT).mkdir()  # as the endpoint makes it, before a version is there
+    with pytest.raises(core.InputError, match="nothing has been pushed"):
+        demos.models(demos.Options(exports=str(tmp_path)))
+    (tmp_path / "day01_neural_network_from_scratch" / "3").mkdir(parents=True)
+    chosen = demos.models(demos.Options(exports=str(tmp_path)))
+    assert chosen == {"day01_neural_network_from_scratch": "day01_neural_network_from_scratch"}
+
+
+@pytest.mark.parametrize(("mode", "name"), [("L", "grey.jpg"), ("L", "grey.png"), ("RGBA", "alpha.png")])
+def test_the_page_sends_the_file_as_it_is(tmp_path, mode, name):
+    Image.effect_noise((40, 30), 90).convert(mode).save(tmp_path / name)
+    page = core.pages.image_classifier(lambda content: None, "title")
+    sent = page.input_components[0].preprocess(ImageData(path=str(tmp_path / name), orig_name=name))
+    assert Path(sent).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_a_demo_of_what_was_never_pushed_says_what_to_run(tmp_path):

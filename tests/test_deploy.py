@@ -4,6 +4,7 @@ The stock server is no package, so its command line is run by the embedded one, 
 files and its metrics.  `promtool` (Debian: prometheus) and `kubectl` are used where they are installed.
 """
 
+import base64
 import copy
 import json
 import re
@@ -23,6 +24,7 @@ from google.protobuf import text_format
 
 from course.core.catalogue import ROOT
 from course.core.errors import InputError
+from serving import canary, pipeline
 from serving.server import spawn
 from serving.server.settings import read_batching, read_metrics_path, read_model_config
 from tests import serving_models
@@ -271,7 +273,8 @@ def test_compose():
     for name, service in compose["services"].items():
         assert service.get("profiles", []) == ([] if name == "server" else ["monitoring"])
         assert all(port.startswith("127.0.0.1:") for port in service["ports"]), name
-        sources = [volume.split(":")[0] for volume in service["volumes"]]
+        # ${NAME:-default}
+        sources = [re.sub(r"\$\{\w+:-(.*?)\}", r"\1", volume).split(":")[0] for volume in service["volumes"]]
         for source in sources:
             path = (DEPLOY / source).resolve()
             assert path.exists() or path == ROOT / "exports" or source in compose["volumes"], source
@@ -282,6 +285,11 @@ def test_compose():
     assert (ROOT / build["dockerfile"]).is_file()
     stages = [rest.split(" AS ")[1] for name, rest in dockerfile() if name == "FROM"]
     assert build["target"] in stages
+    # The image's command, and the Deployment's threads: a limit of as many CPUs holds for both.
+    limit = compose["services"]["server"]["deploy"]["resources"]["limits"]["cpus"]
+    assert limit == container()["resources"]["limits"]["cpu"]
+    words = {name: value.replace("$(CPUS)", limit) for name, value in flags(container()["args"]).items()}
+    assert flags(compose["services"]["server"]["command"]) == words
 
 
 # --- Kubernetes -------------------------------------------------------------------------------------------------------
@@ -543,10 +551,14 @@ def test_promtool_agrees(tmp_path):
         shutil.copy(MONITORING / name, tmp_path)
     (tmp_path / "rules.yml").write_text((MONITORING / "rules.yml").read_text().replace("> 14.4 *", "> 144 *"))
     assert "TensorFlowServingFaultsFast" in promtool("test", "rules", tmp_path / "rules_test.yml").stderr
+
+
+def test_every_alert_is_seen_to_ring_and_to_be_silent():
     tested = (MONITORING / "rules_test.yml").read_text()
     (rules,) = documents(MONITORING / "rules.yml")
     alerts = [rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
-    for alert in alerts:  # each is seen to ring, and to be silent
+    assert alerts
+    for alert in alerts:
         assert re.search(rf"alertname: {alert}\n\s+eval_time: \w+\n\s+exp_alerts", tested), alert
         assert re.search(rf"alertname: {alert}\n\s+eval_time: \w+\n(?!\s+exp_alerts)", tested), alert
 
@@ -661,3 +673,26 @@ def test_the_readme_names_what_is_there():
     commands = re.findall(r"python -m ([\w.]+)", text)
     assert commands and all((ROOT / (name.replace(".", "/") + ".py")).is_file() or
                             (ROOT / name.replace(".", "/")).is_dir() for name in commands)  # fmt: skip
+
+
+def test_the_readmes_lines_write_requests_that_a_canary_reads(tmp_path):
+    text = (DEPLOY / "README.md").read_text()
+    (lines,) = re.findall(r"^find .*?> requests\.jsonl$", text, re.DOTALL | re.MULTILINE)
+    folder = tmp_path / "runs" / "model" / "cpu-s0" / "raw" / "test" / "a class"
+    folder.mkdir(parents=True)
+    contents = [bytes([i]) * 100 for i in range(250)]
+    for i, content in enumerate(contents):
+        (folder / f"{i}.png").write_bytes(content)
+    subprocess.run(["bash", "-c", "m=model\n" + lines], cwd=tmp_path, check=True, timeout=60)
+    bodies = canary._bodies(tmp_path / "requests.jsonl")
+    sent = {base64.b64decode(body["instances"][0]["b64"], validate=True) for body in bodies}
+    assert len(bodies) == len(sent) == 200
+    assert sent <= set(contents)
+
+
+def test_what_the_readme_makes_of_a_version_taken_back_can_be_restored(tmp_path):
+    (name,) = re.findall(r"/models/\$m/(withdrawn-[^`]+)`", (DEPLOY / "README.md").read_text())
+    (tmp_path / "model").mkdir()
+    subprocess.run(["bash", "-c", f"v=12; mkdir {name}"], cwd=tmp_path / "model", check=True, timeout=60)
+    assert pipeline.restore(tmp_path / "model") == 12
+    assert pipeline.versions(tmp_path / "model") == [12]

@@ -1,6 +1,7 @@
 """The drift monitor: its measures against values worked by hand, its noise floor against simulation, its verdicts."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -81,7 +82,10 @@ def test_training_falls_between_its_own_edges_in_tenths():
 
 # --- verdicts --------------------------------------------------------------------------------------------------------
 
-RNG = np.random.default_rng(0)
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
 
 
 def version_folder(base, features, labels=(), schema=None):
@@ -106,19 +110,19 @@ def predict_log(inputs, outputs, version=3, model="m", seconds=1000):
     return log
 
 
-def test_numbers_of_any_model_are_watched_by_column(tmp_path):
-    trained = RNG.normal(size=(5000, 2)).astype(np.float32)
+def test_numbers_of_any_model_are_watched_by_column(tmp_path, rng):
+    trained = rng.normal(size=(5000, 2)).astype(np.float32)
     version = version_folder(tmp_path, drift.columns("x", trained) | {"y": trained[:, 0]})
 
     def verdict(rows):
         logs = [predict_log({"x": part, "unknown": part}, {"y": part[:, 0]}) for part in np.split(rows, 10)]
         return drift.monitor(version, logs)
 
-    same = verdict(RNG.normal(size=(500, 2)).astype(np.float32))
+    same = verdict(rng.normal(size=(500, 2)).astype(np.float32))
     assert same["verdict"] == "NO_DRIFT"
     assert same["features"].keys() == {"x[0]", "x[1]", "y"}
     assert [entry["examples"] for entry in same["features"].values()] == [500] * 3
-    moved = verdict(RNG.normal(size=(500, 2)).astype(np.float32) + np.float32([0, 2]))
+    moved = verdict(rng.normal(size=(500, 2)).astype(np.float32) + np.float32([0, 2]))
     assert moved["verdict"] == "DRIFT"
     assert [entry["alarm"] for entry in moved["features"].values()] == [False, True, False]
     assert moved["says"] == "DRIFT: in x[1], by 10 logged requests"
@@ -127,27 +131,27 @@ def test_numbers_of_any_model_are_watched_by_column(tmp_path):
     assert all(entry["alarm"] for entry in absent["features"].values())
 
 
-def test_few_requests_ring_for_what_chance_does_not_do_and_say_nothing_otherwise(tmp_path):
-    trained = RNG.normal(size=5000)
+def test_few_requests_ring_for_what_chance_does_not_do_and_say_nothing_otherwise(tmp_path, rng):
+    trained = rng.normal(size=5000)
     version = version_folder(tmp_path, {"x": trained})
 
     def verdict(values):
         return drift.monitor(version, [predict_log({"x": np.float32([value])}, {}) for value in values])
 
-    assert verdict(RNG.normal(size=40))["verdict"] == "TOO_FEW_REQUESTS"
+    assert verdict(rng.normal(size=40))["verdict"] == "TOO_FEW_REQUESTS"
     needed = verdict([])["features"]["x"]["needed"]
-    assert verdict(RNG.normal(size=needed))["verdict"] == "NO_DRIFT"
-    assert verdict(RNG.normal(size=40) + 5)["verdict"] == "DRIFT"
-    assert verdict(RNG.normal(size=drift.FEW - 1) + 5)["verdict"] == "TOO_FEW_REQUESTS"
+    assert verdict(rng.normal(size=needed))["verdict"] == "NO_DRIFT"
+    assert verdict(rng.normal(size=40) + 5)["verdict"] == "DRIFT"
+    assert verdict(rng.normal(size=drift.FEW - 1) + 5)["verdict"] == "TOO_FEW_REQUESTS"
     assert verdict([])["features"]["x"]["says"] == "x: not in the requests"
 
 
-def test_an_alarm_on_undrifted_traffic_is_rare(tmp_path):
+def test_an_alarm_on_undrifted_traffic_is_rare(tmp_path, rng):
     """Samples of training's own distribution, at a size where the floor is just above the threshold."""
-    version = version_folder(tmp_path, {"x": RNG.normal(size=5000)})
+    version = version_folder(tmp_path, {"x": rng.normal(size=5000)})
     rings = 0
     for _ in range(60):
-        logs = [predict_log({"x": RNG.normal(size=60).astype(np.float32)}, {})]
+        logs = [predict_log({"x": rng.normal(size=60).astype(np.float32)}, {})]
         rings += drift.monitor(version, logs)["verdict"] == "DRIFT"
     assert rings <= 1  # 0.06 are to be expected
 
@@ -172,12 +176,12 @@ def test_answers_are_watched_as_labels_as_scores_and_as_classifications(tmp_path
     assert entry["bins"] == ["cat", "dog", "owl"]
 
 
-def test_features_of_tf_examples_are_watched_by_name(tmp_path):
-    version = version_folder(tmp_path, {"age": RNG.normal(40, 9, 4000), "town": ["a", "b"] * 2000})
+def test_features_of_tf_examples_are_watched_by_name(tmp_path, rng):
+    version = version_folder(tmp_path, {"age": rng.normal(40, 9, 4000), "town": ["a", "b"] * 2000})
     logs = []
     for i in range(600):
         log, example = PredictionLog(), Example()
-        example.features.feature["age"].float_list.value.append(RNG.normal(70, 9))
+        example.features.feature["age"].float_list.value.append(rng.normal(70, 9))
         example.features.feature["town"].bytes_list.value.append(b"ab"[i % 2 : i % 2 + 1])
         log.regress_log.request.input.example_list.examples.append(example)
         logs.append(log)
@@ -185,16 +189,22 @@ def test_features_of_tf_examples_are_watched_by_name(tmp_path):
     assert (found["age"]["alarm"], found["town"]["alarm"]) == (True, False)
 
 
-def test_a_schemas_thresholds_count_and_a_broken_one_is_one_line(tmp_path):
+def test_a_schemas_thresholds_count_and_a_broken_one_is_one_line(tmp_path, rng):
     schema = {"drift": {"x": {"measure": "jensen_shannon", "threshold": 0.9}}}
-    version = version_folder(tmp_path, {"x": RNG.normal(size=5000)}, schema=schema)
-    logs = [predict_log({"x": RNG.normal(size=500).astype(np.float32) + 2}, {})]
+    version = version_folder(tmp_path, {"x": rng.normal(size=5000)}, schema=schema)
+    logs = [predict_log({"x": rng.normal(size=500).astype(np.float32) + 2}, {})]
     entry = drift.monitor(version, logs)["features"]["x"]
     assert 0.1 < entry["jensen_shannon"] < 0.9
     assert entry["alarm"] is False
     (version / "assets.extra" / drift.SCHEMA).write_text('{"drift": {"x": {"measure": "chi2", "threshold": 1}}}')
     with pytest.raises(InputError, match="drift of x needs a measure and"):
         drift.monitor(version, logs)
+    wrong = '{"drift": {"x": {"measure": "l_infinity", "threshold": "a"}}}'
+    for damage in ("{", "[]", '{"drift": []}', '{"drift": {"x": 1}}', wrong):
+        (version / "assets.extra" / drift.SCHEMA).write_text(damage)
+        with pytest.raises(InputError, match=r"schema\.json is damaged"):
+            drift.monitor(version, logs)
+    (version / "assets.extra" / drift.SCHEMA).unlink()
     (version / "assets.extra" / drift.STATISTICS).unlink()
     with pytest.raises(InputError, match=r"statistics\.json is missing"):
         drift.monitor(version, logs)
@@ -209,14 +219,14 @@ def png(pixels):
     return cv2.imencode(".png", pixels.astype(np.uint8))[1].tobytes()
 
 
-def noise(count, low, high):
+def noise(rng, count, low, high):
     """Grey pictures of noise, each about one brightness between `low` and `high`."""
-    levels = RNG.uniform(low, high, count)
-    return [np.clip(RNG.normal(level, 10, (8, 12)), 0, 255).astype(np.uint8) for level in levels]
+    levels = rng.uniform(low, high, count)
+    return [np.clip(rng.normal(level, 10, (8, 12)), 0, 255).astype(np.uint8) for level in levels]
 
 
-def picture_version(base):
-    trained = noise(2000, 80, 200)
+def picture_version(rng, base):
+    trained = noise(rng, 2000, 80, 200)
     features = {
         "brightness": [float(pixels.mean()) for pixels in trained], "side": [8] * 2000, "channels": ["1"] * 2000,
         "format": ["png"] * 2000, drift.PIXELS: [float(pixels.mean()) for pixels in trained],
@@ -224,11 +234,11 @@ def picture_version(base):
     return version_folder(base, features)
 
 
-def test_image_files_and_pixels_are_looked_into(tmp_path):
-    version = picture_version(tmp_path)
-    files = [png(pixels) for pixels in noise(300, 80, 200)]
+def test_image_files_and_pixels_are_looked_into(tmp_path, rng):
+    version = picture_version(rng, tmp_path)
+    files = [png(pixels) for pixels in noise(rng, 300, 80, 200)]
     logs = [predict_log({"image_bytes": np.array([content], object)}, {}) for content in files]
-    bright = np.stack(noise(300, 180, 250))[..., None]
+    bright = np.stack(noise(rng, 300, 180, 250))[..., None]
     logs.append(predict_log({"pixels": bright}, {}))
     found = drift.monitor(version, logs)["features"]
     assert {name: entry["alarm"] for name, entry in found.items()} == {
@@ -236,28 +246,78 @@ def test_image_files_and_pixels_are_looked_into(tmp_path):
     }  # fmt: skip
     import cv2
 
-    colour = [cv2.imencode(".jpg", RNG.integers(0, 255, (20, 20, 3)))[1].tobytes() for _ in range(200)]
+    colour = [cv2.imencode(".jpg", rng.integers(0, 255, (20, 20, 3)))[1].tobytes() for _ in range(200)]
     logs = [predict_log({"image_bytes": np.array(colour, object)}, {})]
     found = drift.monitor(version, logs)["features"]
     assert all(found[name]["alarm"] for name in ("side", "channels", "format"))
     assert found["format"]["bins"] == ["jpeg", "png"]
 
 
-def test_a_picture_that_comes_again_counts_once(tmp_path):
-    version = picture_version(tmp_path)
-    files = [png(pixels) for pixels in noise(200, 80, 200)]
-    again = [png(noise(1, 20, 20)[0])] * 500
+def test_a_picture_that_comes_again_counts_once(tmp_path, rng):
+    version = picture_version(rng, tmp_path)
+    files = [png(pixels) for pixels in noise(rng, 200, 80, 200)]
+    again = [png(noise(rng, 1, 20, 20)[0])] * 500
     logs = [predict_log({"image_bytes": np.array([content], object)}, {}) for content in files + again]
     entry = drift.monitor(version, logs)["features"]["brightness"]
     assert (entry["examples"], entry["alarm"]) == (201, False)
+
+
+def test_a_picture_that_cannot_be_read_does_not_have_its_batch_counted_again(tmp_path, rng):
+    version = picture_version(rng, tmp_path)
+    batch = np.array([*map(png, noise(rng, 20, 80, 200)), b"no picture"], object)
+    found = drift.monitor(version, [predict_log({"image_bytes": batch}, {})] * 3)["features"]
+    assert found["brightness"]["examples"] == found["side"]["examples"] == 20
+
+
+def test_rows_are_told_apart_by_alias_shape_and_every_input():
+    def new(seen, **inputs):
+        return drift._new_rows({alias: np.asarray(value) for alias, value in inputs.items()}, seen).tolist()
+
+    words, seen = np.array([[b"ab", b"c"], [b"a", b"bc"], [b"ab", b"c"]], object), set()
+    assert new(seen, words=words) == [True, True, False]
+    assert new(seen, other=words[:1]) == [True]
+    assert new(seen, words=words[:1, :, None]) == [True]
+    assert new(seen, x=np.zeros((1, 4)), y=[1]) == [True]
+    assert new(seen, y=[1], x=np.zeros((1, 4))) == [False]
+    assert new(seen, x=np.zeros((1, 2, 2)), y=[1]) == [True]
+    assert new(seen, x=np.zeros((1, 4), np.int64), y=[1]) == [True]
+    assert new(seen, x=0.0) == new(seen, x=[1, 2], y=[1]) == new(seen) == []
+
+
+# --- waiting for the log ---------------------------------------------------------------------------------------------
+
+
+def test_requests_are_waited_for_until_all_are_in_the_log(tmp_path, rng):
+    version, prefix = version_folder(tmp_path, {"x": rng.normal(size=5000)}), tmp_path / "log"
+    write_log(prefix, [predict_log({"x": [9.0]}, {}, seconds=1), predict_log({"x": [9.0]}, {}, version=2)])
+    logs = [predict_log({"x": rng.normal(size=100).astype(np.float32)}, {}) for _ in range(6)]
+    late = threading.Timer(0.5, write_log, (prefix, logs[3:]))
+    late.start()
+    write_log(prefix, logs[:3])
+    verdict = drift.watch(version, prefix, "m", count=6, since=1000)
+    late.join()
+    assert verdict["says"] == "NO_DRIFT: 1 of 1 features judged, by 6 logged requests"
+
+
+def test_requests_that_never_reach_the_log_are_told_of(tmp_path, rng):
+    version, prefix = version_folder(tmp_path, {"x": rng.normal(size=5000)}), tmp_path / "log"
+    lost = "that were sent are not in the log"
+    verdict = drift.watch(version, prefix, "m", count=1200, since=1000, timeout=0.1)
+    assert verdict["says"] == f"TOO_FEW_REQUESTS: 0 of 1 features judged, by 0 logged requests; 1,200 {lost}"
+    write_log(prefix, [predict_log({"x": rng.normal(size=500).astype(np.float32)}, {})] * 2)
+    verdict = drift.watch(version, prefix, "m", count=3, since=1000, timeout=0.1)
+    assert verdict["says"] == f"NO_DRIFT: 1 of 1 features judged, by 2 logged requests; 1 {lost}"
+    (version / "assets.extra" / drift.STATISTICS).unlink()
+    with pytest.raises(InputError, match=r"statistics\.json is missing"):  # at once, not when the time is up
+        drift.watch(version, prefix, "m", count=2, since=1000, timeout=600)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def base(tmp_path):
-    version_folder(tmp_path / "m", {"x": RNG.normal(size=5000)})
+def base(tmp_path, rng):
+    version_folder(tmp_path / "m", {"x": rng.normal(size=5000)})
     return tmp_path / "m"
 
 
@@ -268,11 +328,11 @@ def write_log(prefix, logs):
     shards.close()
 
 
-def test_the_command_prints_a_line_a_feature_and_leaves_a_verdict_and_a_figure(base, capsys):
+def test_the_command_prints_a_line_a_feature_and_leaves_a_verdict_and_a_figure(base, capsys, rng):
     prefix = base.parent / "log"
-    old = [predict_log({"x": RNG.normal(9, 1, 100).astype(np.float32)}, {}, version=2)]
-    before = [predict_log({"x": RNG.normal(9, 1, 100).astype(np.float32)}, {}, seconds=1)] * 5
-    write_log(prefix, old + before + [predict_log({"x": RNG.normal(size=200).astype(np.float32)}, {})] * 2)
+    old = [predict_log({"x": rng.normal(9, 1, 100).astype(np.float32)}, {}, version=2)]
+    before = [predict_log({"x": rng.normal(9, 1, 100).astype(np.float32)}, {}, seconds=1)] * 5
+    write_log(prefix, old + before + [predict_log({"x": rng.normal(size=200).astype(np.float32)}, {})] * 2)
     pipeline.main(["drift", str(base), "--log", str(prefix), "--last", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("  x: Jensen-Shannon divergence 0.0")

@@ -1,8 +1,10 @@
 """The pipeline's steps: what they refuse, what they keep, and what a kill leaves behind."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from course.core import InputError, files
-from serving import pictures, pipeline
+from serving import client, pictures, pipeline
 
 ROOT = Path(__file__).parents[1]
 
@@ -150,6 +152,7 @@ def test_a_folder_that_is_divided_in_part_is_refused(source, other):
 def test_notes_of_other_programs_are_not_pictures_and_a_broken_link_is_one_line(source):
     (source / "cat" / "._000.png").write_bytes(b"finder")
     (source / "__MACOSX").mkdir()
+    picture(source / "cat" / ".thumbnails" / "new.png", 9000)
     _, manifest = ingest(source)
     assert sum(manifest["examples"].values()) == 40
     (source / "cat" / "gone.png").symlink_to(source / "nowhere.png")
@@ -373,8 +376,78 @@ def test_a_running_server_says_which_version_serves_now(tmp_path, capsys):
         assert capsys.readouterr().out == f"{base}: version 2 is back; 2 serves at {server.url}\n"
     with serve("half_plus", base, file_system_poll_wait_seconds=0) as server:  # never looks again
         server.wait_available(2)
-        with pytest.raises(InputError, match=r"the folder is changed, but after 0.3 s .* serves 2 and not 1"):
+        with pytest.raises(InputError, match=r"version 2 is not withdrawn: after \d\.\d s .* serves 2 and not 1"):
             pipeline.main(["roll-back", str(base), "--url", server.url, "--timeout", "0.3"])
+        assert pipeline.versions(base) == [1, 2]
+        other = tmp_path / "elsewhere"
+        base.rename(other)  # the server has it under another name than the folder's
+        words = ["roll-back", str(other), "--url", server.url, "--timeout", "0.3"]
+        with pytest.raises(InputError, match="serves 2 and not 1"):
+            pipeline.main([*words, "--model", "half_plus"])
+        with pytest.raises(InputError, match=r"serves nothing .*elsewhere"):
+            pipeline.main(words)
+        shutil.copytree(other, tmp_path / "twin")
+        with pytest.raises(InputError, match="--model goes with one folder"):
+            pipeline.main(["roll-back", str(other), str(tmp_path / "twin"), *words[2:], "--model", "half_plus"])
+        with pytest.raises(InputError, match=r"'http://127\.0\.0\.1:abc' is no address of a server"):
+            pipeline.main(["roll-back", str(other), "--url", "http://127.0.0.1:abc"])
+        assert pipeline.versions(other) == [1, 2]
+
+
+def test_where_older_versions_serve_on_the_highest_is_waited_for(tmp_path, capsys):
+    from serving.server import serve
+    from tests import serving_models
+
+    base = tmp_path / "exports" / "half_plus"
+    for number in (1, 2):
+        serving_models.save_graph(tmp_path / "made" / str(number), serving_models.half_plus(number))
+        pipeline.push(tmp_path / "made" / str(number), base)
+    config = tmp_path / "models.config"
+    text = pipeline.models_config({"half_plus": base})
+    config.write_text(text.replace("model_platform", "model_version_policy { all {} } model_platform"))
+    with serve("half_plus", model_config_file=config, file_system_poll_wait_seconds=0.1) as server:
+        server.wait_available(2)
+        pipeline.main(["roll-back", str(base), "--url", server.url])
+        pipeline.main(["restore", str(base), "--url", server.url])
+        assert capsys.readouterr().out.splitlines()[-1] == f"{base}: version 2 is back; 2 serves at {server.url}"
+        with client.Client(server.url, model="half_plus") as asked:
+            assert asked.available() == [1, 2]
+
+
+def test_one_folder_in_two_spellings_goes_back_once(tmp_path, monkeypatch):
+    base = tmp_path / "exports" / "model"
+    for number in (5, 12):
+        pipeline.push(version_folder(tmp_path / "made" / str(number)), base)
+    monkeypatch.chdir(tmp_path)
+    assert pipeline.roll_back(base, str(base), "exports/model") == (12, 5)
+    assert pipeline.restore(base, "exports/model") == 12
+    assert pipeline.versions(base) == [5, 12]
+
+
+def test_other_names_in_a_models_folder_are_passed_over(tmp_path):
+    base = tmp_path / "model"
+    pipeline.push(version_folder(tmp_path / "made" / "12"), base)
+    for name in ("00000123", "١٢", "withdrawn-7", "withdrawn-7-x", "withdrawn-8-100"):
+        (base / name).mkdir()
+    assert pipeline.versions(base) == [12]
+    assert pipeline.withdrawn(base) == {8: base / "withdrawn-8-100"}
+    assert pipeline.restore(base) == 8
+
+
+def test_a_version_without_a_schema_is_one_line(tmp_path):
+    assert pipeline.schema_of(tmp_path / "model") is None
+    pipeline.push(version_folder(tmp_path / "made" / "12"), tmp_path / "model")
+    with pytest.raises(InputError, match=r"12/assets\.extra/schema\.json is missing or damaged: roll it back"):
+        pipeline.schema_of(tmp_path / "model")
+
+
+@pytest.mark.parametrize("command", ["versions", "roll-back", "restore", "canary", "drift", "warm-up"])
+def test_every_command_tells_of_itself_without_a_folder(command, capsys):
+    with contextlib.suppress(SystemExit):
+        pipeline.main([command, "--help"])
+    out = capsys.readouterr().out
+    assert command in out
+    assert ("--timeout" in out) == (command in ("roll-back", "restore", "canary"))
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,10 @@ def test_deep_nesting_is_answered():
 def test_text_after_the_document_and_equal_keys():
     request = codec.decode_predict(b'{"instances": [1], "instances": [2]} and more', lambda _: specs("float"))
     assert request.inputs["x"].tolist() == [1]
+    parsed = jsontext.parse(b'{"b": 1, "a": {"d": 2, "c": 3}, "b": 4, "e": 5}')
+    assert list(parsed.items()) == [("b", 1), ("a", {"d": 2, "c": 3}), ("e", 5)]
+    assert list(parsed) == ["b", "a", "e"]
+    assert list(parsed["a"]) == ["d", "c"]
 
 
 def test_base64_may_lack_its_padding():

@@ -9,6 +9,7 @@ import pytest
 from serving.server import serve
 from tests import serving_conformance as conformance
 from tests import serving_models
+from tests.serving_models import wait_for
 
 REST, GRPC = ({case["id"]: case for case in cases} for cases in (conformance.REST, conformance.GRPC))
 
@@ -123,18 +124,3 @@ def test_config_reload(case, poll, folder, tmp_path):
 
 def test_grpc_19_over_a_unix_socket(folder, server):
     assert predict(f"unix:{folder / 'grpc.sock'}", "hp2", [2.0]) == GRPC["grpc-19"]["expect"]["y"]
-
-
-def wait_for(condition, timeout=20):
-    """Wait until `condition()` holds, passing over refusals meanwhile."""
-    from serving.server.status import StatusError
-
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            if condition():
-                return
-        except StatusError:
-            pass
-        assert time.monotonic() < deadline, "the awaited state did not come"
-        time.sleep(0.02)

@@ -3,6 +3,7 @@
 What is expected here is what the stock server's code or tests say; each test names where.
 """
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -32,7 +33,8 @@ from serving.server.settings import Settings, read_batching
 from serving.server.signatures import DTYPES
 from serving.server.status import StatusError
 from tests import serving_models
-from tests.test_server_conformance import predict, wait_for
+from tests.serving_models import publish, wait_for
+from tests.test_server_conformance import predict
 
 FAST = {"file_system_poll_wait_seconds": 0.05}
 
@@ -52,13 +54,6 @@ def server(folder):
     with serve("m", folder / "half_plus") as server:
         server.wait_available()
         yield server
-
-
-def publish(folder, base, number, name=None):
-    """Put version `number` of half_plus under `base`, whole, by one rename."""
-    base.mkdir(exist_ok=True)
-    shutil.copytree(folder / "half_plus" / str(number), base / f".tmp-{number}")
-    (base / f".tmp-{number}").rename(base / (name or str(number)))
 
 
 def break_version(base, number):
@@ -360,6 +355,23 @@ def test_a_reload_waits_while_the_version_it_wants_is_unloaded(folder):
         assert ask(server.grpc_target) == 4.0
 
 
+def test_reloads_that_wait_do_not_hold_up_the_end(folder, tmp_path):
+    break_version(tmp_path / "broken", 1)
+    request = text_format.Parse(
+        f"config {{ model_config_list {{ {entry('broken', tmp_path / 'broken')} }} }}", ReloadConfigRequest()
+    )
+    an_hour = {"max_num_load_retries": 1, "load_retry_interval_micros": 3_600_000_000}
+    with contextlib.ExitStack() as stack:
+        with serve("m", folder / "half_plus", **an_hour) as server:
+            channel = stack.enter_context(grpc.insecure_channel(server.grpc_target))
+            reloads = [ModelServiceStub(channel).HandleReloadConfigRequest.future(request) for _ in range(3)]
+            wait_for(lambda: server.manager.statuses("broken")[0][1] == "LOADING")
+            start = time.monotonic()
+        assert time.monotonic() - start < 10
+        for reload in reloads:
+            assert (reload.code(), reload.details()) == (grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+
+
 def test_a_reload_says_which_models_did_not_become_available(folder, tmp_path):
     """Source: server_core.cc WaitUntilModelsAvailable."""
     break_version(tmp_path / "broken", 7)
@@ -428,27 +440,44 @@ def test_labels_move_by_force(folder):
 
 
 def test_the_config_file_may_vanish_and_come_back(folder, tmp_path, capsys):
-    """Source: server.cc PollFilesystemAndReloadConfig: a file that cannot be read changes nothing."""
+    """Source: server.cc PollFilesystemAndReloadConfig: a file that cannot be read changes nothing; server_core.cc
+    ReloadConfig: nor does one without a list, as a file that is empty because it is being written."""
     config = tmp_path / "models.config"
-    config.write_text(f"model_config_list {{ {entry('m', folder / 'half_plus')} }}")
+
+    def write(text):
+        (tmp_path / "new").write_text(text)
+        (tmp_path / "new").rename(config)
+
+    said = []
+
+    def told_of(troubles):
+        said.extend(line for line in capsys.readouterr().err.splitlines() if "not applied" in line)
+        return len(said) == len(troubles) and all(map(str.__contains__, said, troubles))
+
+    write(f"model_config_list {{ {entry('m', folder / 'half_plus')} }}")
     with serve(model_config_file=str(config), model_config_file_poll_wait_seconds=0.05) as server:
         server.manager.wait_available("m")
         config.unlink()
-        time.sleep(0.3)
-        assert ask(server.grpc_target) == 4.0
-        config.write_text("model_config_list { this is no config")
-        time.sleep(0.3)
+        troubles = [config.name]
+        wait_for(lambda: told_of(troubles))
+        for text, trouble in (("model_config_list { this is no config", "text proto"), ("", "legal to transition")):
+            write(text)
+            troubles.append(trouble)
+            wait_for(lambda: told_of(troubles))
+        time.sleep(0.3)  # some looks more
+        assert server.manager.models() == {"m": [3]}
         assert ask(server.grpc_target) == 4.0
         latest = "model_version_policy { latest { num_versions: 2 } }"
-        config.write_text(f"model_config_list {{ {entry('m', folder / 'half_plus', latest)} }}")
+        write(f"model_config_list {{ {entry('m', folder / 'half_plus', latest)} }}")
         wait_for(lambda: server.manager.models() == {"m": [3, 2]})
-    told = [line for line in capsys.readouterr().out.splitlines() if "not applied" in line]
-    assert len(told) == 2  # once for each trouble, not at every look
+        write("model_config_list {}")
+        wait_for(lambda: server.manager.models() == {})
+    assert told_of(troubles)  # once of each, not at every look
 
 
 def test_another_policy_and_another_folder(folder, tmp_path):
     base = tmp_path / "other"
-    publish(folder, base, 1, name="9")
+    publish(folder / "half_plus" / "1", base, "9")
     specific = "model_version_policy {{ specific {{ versions: {} }} }}"
     with serve("m", folder / "half_plus", **FAST) as server:
         server.wait_available(3)
@@ -468,15 +497,15 @@ def test_another_policy_and_another_folder(folder, tmp_path):
 def test_names_of_version_folders(folder, tmp_path):
     """Source: file_system_storage_path_source.cc IndexChildrenByVersion: 64 bits, and the last spelling counts."""
     base = tmp_path / "m"
-    publish(folder, base, 1, name="0005")
-    publish(folder, base, 2, name="5")
-    publish(folder, base, 3, name="9223372036854775808")  # one more than 64 bits hold
-    publish(folder, base, 3, name="five")
+    publish(folder / "half_plus" / "1", base, "0005")
+    publish(folder / "half_plus" / "2", base, "5")
+    publish(folder / "half_plus" / "3", base, "9223372036854775808")  # one more than 64 bits hold
+    publish(folder / "half_plus" / "3", base, "five")
     with serve("m", base, **FAST) as server:
         server.wait_available(5)
         assert [number for number, _, _ in server.manager.statuses("m")] == [5]
         assert ask(server.grpc_target) == 3.0
-        publish(folder, base, 3, name="9223372036854775807")
+        publish(folder / "half_plus" / "3", base, "9223372036854775807")
         server.wait_available(9223372036854775807)
         with urllib.request.urlopen(f"{server.url}/v1/models/m", timeout=20) as response:
             newest = json.load(response)["model_version_status"][0]
@@ -487,11 +516,11 @@ def test_a_folder_that_comes_later_and_a_version_that_comes_back(folder, tmp_pat
     base = tmp_path / "m"
     with serve("m", base, **FAST) as server:
         time.sleep(0.2)
-        publish(folder, base, 1)
+        publish(folder / "half_plus" / "1", base, 1)
         server.wait_available(1)
         shutil.rmtree(base / "1")
         wait_for(lambda: server.manager.statuses("m")[0][1] == "END")
-        publish(folder, base, 2, name="1")
+        publish(folder / "half_plus" / "2", base, "1")
         wait_for(lambda: server.manager.models() == {"m": [1]})
         assert ask(server.grpc_target) == 3.0
 
@@ -522,14 +551,14 @@ def test_a_version_is_tried_again(folder, tmp_path):
 
 def test_an_unloading_version_holds_up_no_other(folder, tmp_path):
     base = tmp_path / "m"
-    publish(folder, base, 1)
+    publish(folder / "half_plus" / "1", base, 1)
     with serve("m", base, **FAST) as server:
         server.wait_available(1)
         with server.manager.lease("m", 1):  # a request that takes its time
-            publish(folder, base, 2)
+            publish(folder / "half_plus" / "2", base, 2)
             server.wait_available(2)
             wait_for(lambda: server.manager.statuses("m", 1)[0][1] == "UNLOADING")
-            publish(folder, base, 3)
+            publish(folder / "half_plus" / "3", base, 3)
             server.wait_available(3, timeout=20)
             assert server.manager.statuses("m", 1)[0][1] == "UNLOADING"
         wait_for(lambda: server.manager.statuses("m", 1)[0][1] == "END")
@@ -574,7 +603,7 @@ def test_the_list_of_models(folder, tmp_path):
 def test_metrics_of_loading(folder, tmp_path):
     """Source: tensorflow/cc/saved_model/loader.cc; saved_model_warmup_util.cc; util/prometheus_exporter_test.cc."""
     base = tmp_path / "m"
-    publish(folder, base, 1)
+    publish(folder / "half_plus" / "1", base, 1)
     break_version(base, 2)
     monitoring = tmp_path / "monitoring.config"
     monitoring.write_text("prometheus_config { enable: true }")
@@ -596,13 +625,16 @@ def test_the_metrics_page_escapes_labels():
     assert ':tensorflow:serving:request_count{model_name="\\"abc\\\\\\"",status="OK"} 1' in metrics.page().splitlines()
 
 
-def test_a_call_is_counted_by_its_outcome():
+def test_a_call_is_counted_by_its_outcome(capsys):
     metrics = Metrics()
     for error, code in ((StatusError("NOT_FOUND", ""), "NOT_FOUND"), (ValueError("x"), "INTERNAL")):
         with pytest.raises(StatusError) as caught, metrics.call("m", "predict", "REST", is_served=True):
             raise error
         assert caught.value.code == code
         assert f':tensorflow:serving:request_count{{model_name="m",status="{code}"}} 1' in metrics.page()
+    told = capsys.readouterr().err
+    assert "ValueError: x" in told  # with its trace, and of the refusal nothing
+    assert "NOT_FOUND" not in told
     with metrics.call("made up", "predict", "REST", is_served=False):
         pass
     assert "made up" not in metrics.page()

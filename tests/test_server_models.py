@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from serving.client import Client, ServingError
-from serving.server import backends, batching, serve
+from serving.server import backends, batching, folders, manager, serve
 from serving.server.batching import Batcher
 from serving.server.settings import Batching, Settings
 from serving.server.signatures import PREDICT
 from serving.server.status import StatusError
 from tests import serving_models
-from tests.test_server_conformance import wait_for
+from tests.serving_models import publish, wait_for
 
 FAST = {"file_system_poll_wait_seconds": 0.05}
 
@@ -37,13 +37,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def publish(folder, base, number):
-    """Put version `number` of half_plus under `base` as a pusher does: whole, by one rename."""
-    base.mkdir(exist_ok=True)
-    shutil.copytree(folder / "half_plus" / str(number), base / f".tmp-{number}")
-    (base / f".tmp-{number}").rename(base / str(number))
-
-
 def get(url):
     """The body of a GET that is answered 200."""
     with urllib.request.urlopen(url, timeout=20) as response:
@@ -55,7 +48,7 @@ def get(url):
 
 def test_hot_reload_under_load_fails_no_request(folder, tmp_path):
     base = tmp_path / "m"
-    publish(folder, base, 1)
+    publish(folder / "half_plus" / "1", base, 1)
     answers, stop = [], threading.Event()
 
     def ask(client):
@@ -69,7 +62,7 @@ def test_hot_reload_under_load_fails_no_request(folder, tmp_path):
             asking = [pool.submit(ask, client) for client in clients]
             try:
                 for number in (2, 3):
-                    publish(folder, base, number)
+                    publish(folder / "half_plus" / str(number), base, number)
                     server.wait_available(number)
                     wait_for(lambda number=number: server.manager.statuses("m", number - 1)[0][1] == "END")
                     wait_for(lambda number=number: [1.0 + number, 2.0 + number] in answers)
@@ -90,7 +83,7 @@ def test_hot_reload_under_load_fails_no_request(folder, tmp_path):
 
 def test_a_corrupt_version_is_kept_out_until_it_is_mended(folder, tmp_path):
     base = tmp_path / "m"
-    publish(folder, base, 1)
+    publish(folder / "half_plus" / "1", base, 1)
     with serve("m", base, **FAST) as server, Client(server.url, model="m") as client:
         server.wait_available(1)
         (base / "2").mkdir()
@@ -104,14 +97,50 @@ def test_a_corrupt_version_is_kept_out_until_it_is_mended(folder, tmp_path):
             client.predict([0.0], version=2)
         assert caught.value.status == 404
         shutil.rmtree(base / "2")
-        publish(folder, base, 2)
+        publish(folder / "half_plus" / "2", base, 2)
         wait_for(lambda: server.manager.models() == {"m": [2]})
         assert client.predict([0.0]) == [2.0]
 
 
+def test_a_model_that_cannot_be_closed_is_let_go(folder, tmp_path, monkeypatch, capfd):
+    base, close = tmp_path / "m", backends.SavedModel.close
+
+    def fail(model):
+        close(model)
+        raise RuntimeError("it will not close")
+
+    monkeypatch.setattr(backends.SavedModel, "close", fail)
+    publish(folder / "half_plus" / "1", base, 1)
+    with serve("m", base, **FAST) as server:
+        server.wait_available(1)
+        publish(folder / "half_plus" / "2", base, 2)
+        wait_for(lambda: server.manager.statuses("m", 1)[0][1] == "END")
+    assert capfd.readouterr().err.count("RuntimeError: it will not close") == 2
+
+
+def test_a_slow_disk_holds_up_no_request(folder, tmp_path, monkeypatch):
+    base, entered, go, was_let_go = tmp_path / "m", threading.Event(), threading.Event(), []
+
+    def slow(path):
+        entered.set()
+        was_let_go.append(go.wait(10))
+        return folders.stamp(path)
+
+    publish(folder / "half_plus" / "1", base, 1)
+    with serve("m", base, **FAST) as server, Client(server.url, model="m") as client:
+        server.wait_available(1)
+        monkeypatch.setattr(manager, "stamp", slow)
+        publish(folder / "half_plus" / "2", base, 2)
+        assert entered.wait(10)
+        assert client.predict([0.0]) == [1.0]
+        go.set()
+        server.wait_available(2)
+    assert was_let_go == [True]
+
+
 def test_what_is_no_version_is_passed_over(folder, tmp_path):
     base = tmp_path / "m"
-    publish(folder, base, 1)
+    publish(folder / "half_plus" / "1", base, 1)
     shutil.copytree(folder / "half_plus" / "3", base / ".tmp-9")  # under way
     shutil.copytree(folder / "half_plus" / "3", base / "v9")
     (base / "8" / "variables").mkdir(parents=True)  # the model file is copied last
@@ -119,7 +148,9 @@ def test_what_is_no_version_is_passed_over(folder, tmp_path):
         server.wait_available()
         time.sleep(0.3)
         assert [number for number, _, _ in server.manager.statuses("m")] == [1]
-        shutil.copytree(folder / "half_plus" / "2", base / "8", dirs_exist_ok=True)
+        shutil.copytree(folder / "half_plus" / "2" / "variables", base / "8" / "variables", dirs_exist_ok=True)
+        shutil.copy(folder / "half_plus" / "2" / "saved_model.pb", base / "8" / "under_way")
+        (base / "8" / "under_way").rename(base / "8" / "saved_model.pb")
         server.wait_available(8)
 
 
@@ -414,16 +445,22 @@ def test_metrics_health_and_limits(folder, tmp_path):
             assert line.format(":tensorflow:serving:") in page.splitlines()
 
 
-def test_a_gzip_bomb_is_refused(folder):
-    with serve("m", folder / "half_plus") as server:
+@pytest.mark.parametrize(
+    ("bound", "size", "status", "message"),
+    [(200 << 20, 101 << 20, 400, b"100 MiB"), (10_000, 10_001, 413, b"10000 bytes"), (10_000, 10_000, 200, b"4.0")],
+)
+def test_what_inflates_beyond_a_bound_is_refused(bound, size, status, message, folder):
+    with serve("m", folder / "half_plus", rest_api_max_body_bytes=bound) as server:
         server.wait_available()
-        bomb = urllib.request.Request(
-            f"{server.url}/v1/models/m:predict", gzip.compress(b" " * (101 << 20)), {"Content-Encoding": "gzip"}
-        )
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(bomb, timeout=60)
-        assert caught.value.code == 400
-        assert b"100 MiB" in caught.value.read()
+        body = gzip.compress(b'{"instances": [2.0]}'.ljust(size))
+        asked = urllib.request.Request(f"{server.url}/v1/models/m:predict", body, {"Content-Encoding": "gzip"})
+        try:
+            with urllib.request.urlopen(asked, timeout=60) as response:
+                answer = response.status, response.read()
+        except urllib.error.HTTPError as error:
+            answer = error.code, error.read()
+        assert answer[0] == status
+        assert message in answer[1]
 
 
 def test_a_call_past_its_deadline_is_answered_504(folder, monkeypatch):
@@ -465,3 +502,39 @@ def test_large_tensors_pass_over_grpc(folder):
         server.wait_available()
         x = np.arange(2_000_000, dtype=np.float32).reshape(-1, 1)  # 8 MB, twice the stock limit
         np.testing.assert_allclose(client.predict_grpc({"x": x})["y"], 0.5 * x + 3)
+
+
+@pytest.mark.parametrize("rows", [10, 100_000])
+def test_large_messages_are_read_and_written_off_the_event_loop(rows, folder, monkeypatch):
+    from tensorflow_serving.apis import classification_pb2, prediction_service_pb2_grpc
+
+    from serving.server import messages, operations, tensors
+
+    threads = {}
+    for module, name in (
+        (tensors, "from_protos"), (tensors, "to_proto"), (operations, "examples_of"), (messages, "fill_result"),
+    ):  # fmt: skip
+        function = getattr(module, name)
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda *arguments, name=name, function=function: (
+                threads.update({name: threading.current_thread().name}) or function(*arguments)
+            ),
+        )
+    with (
+        serve("m", folder / "half_plus") as server,
+        Client(server.url, server.grpc_target, "m") as client,
+        grpc.insecure_channel(server.grpc_target, [("grpc.max_receive_message_length", -1)]) as channel,
+    ):
+        server.wait_available()
+        client.predict_grpc({"x": np.zeros((rows, 1), np.float32)})
+        request = classification_pb2.ClassificationRequest()
+        request.model_spec.name, request.model_spec.signature_name = "m", "classify_x_to_y"
+        example = request.input.example_list.examples.add()
+        example.features.feature["x"].float_list.value.append(2.0)
+        request.input.example_list.examples.extend([example] * (rows - 1))
+        answer = prediction_service_pb2_grpc.PredictionServiceStub(channel).Classify(request, timeout=60)
+        assert len(answer.result.classifications) == rows
+    assert len(threads) == 4
+    assert {thread == "server" for thread in threads.values()} == {rows == 10}

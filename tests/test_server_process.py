@@ -1,5 +1,6 @@
 """The server as a process: its flags, its start and its end."""
 
+import json
 import os
 import signal
 import socket
@@ -77,6 +78,71 @@ def test_a_taken_port_is_one_clear_line(folder):
         ]
         with pytest.raises(InputError, match=rf"127.0.0.1:{port}.*--port"), serve("m", folder, grpc_port=port):
             pass
+
+
+def write_ssl(path, **fields):
+    """Write an SSLConfig; texts are quoted."""
+    path.write_text(" ".join(f"{name}: {json.dumps(value)}" for name, value in fields.items()))
+
+
+@pytest.mark.parametrize("fault", ["socket path", "no certificate", "client_verify without custom_ca"])
+def test_what_grpc_cannot_listen_with_is_one_clear_line(fault, folder, tmp_path):
+    ssl, rubbish = tmp_path / "ssl.config", {"server_key": "no key", "server_cert": "no certificate"}
+    write_ssl(ssl, **rubbish, client_verify=fault.startswith("client_verify"))
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    flag, message = {
+        "socket path": (
+            f"--grpc_socket_path={tmp_path}/none/grpc.sock",
+            f"cannot listen on {tmp_path}/none/grpc.sock: give --grpc_socket_path a file in a folder that is there and "
+            "ours to write to",
+        ),
+        "no certificate": (
+            f"--ssl_config_file={ssl}",
+            f"{ssl}: gRPC cannot use server_key, server_cert or custom_ca; give PEM texts, the key that of the "
+            "certificate",
+        ),
+        "client_verify without custom_ca": (
+            f"--ssl_config_file={ssl}",
+            f"{ssl}: client_verify needs custom_ca, whose certificates clients show",
+        ),
+    }[fault]
+    flags_ = [f"--rest_api_port={port}", "--port=-1", f"--model_base_path={folder}", flag]
+    ended = subprocess.run(
+        [sys.executable, "-m", "serving.server", *flags_], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 2
+    assert f"error: {message}" in ended.stderr.splitlines()
+    assert "Traceback" not in ended.stderr
+    name, _, value = flag.removeprefix("--").partition("=")
+    with pytest.raises(InputError), serve("m", folder, rest_port=port, **{name: value}):
+        pass
+    with socket.create_server(("127.0.0.1", port)):  # which was closed
+        pass
+
+
+def test_a_taken_grpc_port_is_not_the_certificates_fault(folder, tmp_path):
+    ssl = tmp_path / "ssl.config"
+    write_ssl(ssl, server_key="no key", server_cert="no certificate")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(InputError, match=r"the port is taken.*--port"),
+        serve("m", folder, grpc_port=taken.getsockname()[1], ssl_config_file=str(ssl)),
+    ):
+        pass
+
+
+def test_ipv6_addresses_stand_in_brackets(folder):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    for start in (serve, spawn):
+        with start("m", folder, host="::1") as server, Client(server.url, server.grpc_target, "m") as client:
+            server.wait_available()
+            assert server.url.startswith("http://[::1]:")
+            assert client.predict([2.0]) == [3.0]
+            assert client.predict_grpc({"x": np.float32([2.0])})["y"] == [3.0]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +226,6 @@ def test_the_client_sends_an_image(tmp_path, capsys):
     with serve("convnet", tmp_path / "convnet") as server:
         server.wait_available()
         client_module.main([server.url, "convnet", str(tmp_path / "red.png")])
-    answer = np.array(eval(capsys.readouterr().out))
+    answer = np.array(json.loads(capsys.readouterr().out))
     assert answer.shape == (10,)
     assert answer.sum() == pytest.approx(1, abs=1e-5)

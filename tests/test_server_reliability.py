@@ -28,7 +28,7 @@ from serving.server.signatures import PREDICT, TensorSpec
 from serving.server.status import StatusError
 from tests import serving_malformed as malformed
 from tests import serving_models
-from tests.test_server_conformance import wait_for
+from tests.serving_models import publish, wait_for
 
 POLL = {"file_system_poll_wait_seconds": 0.05}
 GOOD = b'{"instances": [1.0, 2.0]}'
@@ -74,13 +74,6 @@ def write_config(path, models, **versions):
         for name, base in models.items()
     ]
     path.write_text("model_config_list { " + "\n".join(entries) + " }")
-
-
-def publish(source, base, number):
-    """Put a version folder under `base` as a pusher does: whole, by one rename."""
-    base.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, base / f".tmp-{number}")
-    (base / f".tmp-{number}").rename(base / str(number))
 
 
 def port_of(server):
@@ -439,7 +432,8 @@ def tcp_states(port, peer):
 def test_an_offer_of_http_2_is_passed_over(folder):
     with serve("m", folder / "m") as server, connected(server) as connection:
         server.wait_available()
-        for headers in (["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk"], []):
+        offer = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk"]
+        for headers in (offer, list(map(str.upper, offer[:2])), []):
             connection.sendall(malformed.predict("m", GOOD, *headers))
             status, _, body = read_answer(connection)
             assert (status, json.loads(body)) == (200, {"predictions": [3.5, 4.0]})

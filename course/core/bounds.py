@@ -1,5 +1,6 @@
 """What a benchmark promises: ratios of two figures of one run, each with the bound that it must keep."""
 
+import math
 import sys
 from dataclasses import dataclass
 
@@ -21,8 +22,8 @@ class Ratio:
 
     @property
     def value(self):
-        """The first over the second."""
-        return self.first / self.second
+        """The first over the second; not a number where the second is 0."""
+        return self.first / self.second if self.second else math.nan
 
     @property
     def met(self):

@@ -24,8 +24,8 @@ def image_classifier(predict, title, examples=(), description=SENT):
         return answer["probabilities"], f"Version **{answer['version']}** answered in {answer['milliseconds']:.1f} ms."
 
     picture = gr.Image(
-        type="filepath", label="picture (PNG, JPEG, GIF or BMP)", sources=["upload", "clipboard"], height=300,
-        elem_classes="picture",
+        type="filepath", image_mode=None, label="picture (PNG, JPEG, GIF or BMP)", sources=["upload", "clipboard"],
+        height=300, elem_classes="picture",
     )  # fmt: skip
     outputs = [gr.Label(num_top_classes=5, label="class"), gr.Markdown(elem_classes="told")]
     tries = [str(path) for path in examples] or None

@@ -80,7 +80,7 @@ def serve(model_name="default", base_path="", *, rest_port=0, grpc_port=0, host=
     Port 0 is any free one; `settings` are those of `settings.Settings`, as model_config_file.  `InputError` where it
     cannot start.  The models load in the background: `wait_available` waits for them.
     """
-    from serving.server.runner import Running
+    from serving.server.runner import Running, bracketed
     from serving.server.settings import Settings
 
     running = Running(
@@ -109,7 +109,8 @@ def serve(model_name="default", base_path="", *, rest_port=0, grpc_port=0, host=
     try:
         if failures:
             raise failures[0]
-        yield Server(model_name, f"http://{host}:{running.rest_port}", f"{host}:{running.grpc_port}", running.manager)
+        name = bracketed(host)
+        yield Server(model_name, f"http://{name}:{running.rest_port}", f"{name}:{running.grpc_port}", running.manager)
     finally:
         running.stop()
         thread.join()

@@ -76,7 +76,9 @@ def _stop_at_end_of_input(running):
 
 def _announce(running):
     """Print where the server listens, then each version as it begins to serve or fails."""
-    host = running.settings.host
+    from serving.server.runner import bracketed
+
+    host = bracketed(running.settings.host)
     if running.rest_port:
         print(f"REST: http://{host}:{running.rest_port}", flush=True)
     if running.grpc_port:

@@ -1,4 +1,6 @@
-"""The REST side: an ASGI application with the protocol's routes, and a health URL and a model list beside them."""
+"""The REST side: an ASGI application with the protocol's routes, and beside them health URLs, a list of the models and
+the metrics.
+"""
 
 import asyncio
 import contextlib
@@ -8,6 +10,7 @@ import zlib
 from urllib.parse import unquote_to_bytes
 
 from serving.server import codec, messages, operations
+from serving.server.offload import LARGE, are_large, off_loop_if
 from serving.server.signatures import CLASSIFY, DEFAULT, REGRESS, signature_named
 from serving.server.status import HTTP, StatusError, invalid
 
@@ -23,8 +26,7 @@ _CORS = [
     (b"access-control-allow-headers", b"Content-Type"),
 ]
 _MODELS = "/v1/models/"  # the list; without the last slash the protocol wants an error
-_MAX_INFLATED = 100 * 2**20
-_LARGE_BODY = 2**18  # bytes; decoding more than this would hold up the other requests, so a thread does it
+_MAX_INFLATED = 100 * 2**20  # bytes, the stock server's bound
 _INT64_MAX = 2**63 - 1
 
 
@@ -114,17 +116,16 @@ class Rest:
                     raise invalid(f'Serving signature name: "{signature_name or DEFAULT}" not found in signature def')
                 return signature.inputs
 
-            request = await _off_loop_if(len(body) > _LARGE_BODY, codec.decode_predict, body, inputs_of)
+            request = await off_loop_if(len(body) > LARGE, codec.decode_predict, body, inputs_of)
             signature = signature_named(version.signatures, request.signature_name, self._check_method)
             outputs = await version.run(signature, signature.complete(request.inputs), signature.select(()))
             if self._manager.request_log.samples(name):
                 self._manager.request_log.predict(version, signature, request.inputs, outputs)
-        large = sum(value.size for value in outputs.values()) > _LARGE_BODY // 8
-        return await _off_loop_if(large, codec.encode_predict, outputs, request.by_row)
+        return await off_loop_if(are_large(outputs), codec.encode_predict, outputs, request.by_row)
 
     async def _examine(self, body, name, number, label, call):
         """Classify and Regress."""
-        signature_name, examples = await _off_loop_if(len(body) > _LARGE_BODY, codec.decode_examples, body)
+        signature_name, examples = await off_loop_if(len(body) > LARGE, codec.decode_examples, body)
         with self._manager.lease(name, number, label) as version:
             signature = operations.signature_for(version.signatures, signature_name, call, self._check_method)
             outputs = await version.run(signature, *operations.feed(signature, examples))
@@ -152,7 +153,7 @@ class Rest:
                 break
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         if b"gzip" in headers.get(b"content-encoding", b"").lower():
-            return await _off_loop_if(len(body) > _LARGE_BODY // 8, _inflate, body)
+            return await off_loop_if(len(body) > LARGE // 8, _inflate, body, min(limit, _MAX_INFLATED))
         return body
 
     # --- queries ------------------------------------------------------------------------------------------------------
@@ -199,18 +200,15 @@ def _target(match):
     return name, int(number) if number else None, label
 
 
-def _inflate(body):
+def _inflate(body, limit):
+    """Inflate gzip to `limit` bytes at most: what may not be sent plain may not be sent packed."""
     inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     try:
-        inflated = inflater.decompress(body, _MAX_INFLATED + 1)
+        inflated = inflater.decompress(body, limit + 1)
     except zlib.error:
         return b""
-    if len(inflated) > _MAX_INFLATED:
+    if len(inflated) > limit:
+        if limit < _MAX_INFLATED:
+            raise _TooLarge(limit)
         raise invalid(f"the body inflates to more than {_MAX_INFLATED >> 20} MiB")
     return inflated if inflater.eof else b""
-
-
-async def _off_loop_if(large, function, *arguments):
-    if large:
-        return await asyncio.to_thread(function, *arguments)
-    return function(*arguments)

@@ -55,7 +55,7 @@ class Batcher:
         self._observe = observe
         self._lanes = {}
         self._waiting = 0  # rows
-        self._seconds = 0.0  # that the last run took
+        self._seconds = 0.0  # that the last run of any lane took
         self._pace = {}  # signature name -> (bytes of input, seconds) of its last run
         self._lock = threading.Condition()  # notified when the last lane has run empty
 

@@ -101,7 +101,7 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data):
         if self._arriving_since is None:
             self._arriving_since = self.loop.time()
-        if not self._around and b"pgrade" in data:
+        if not self._around and _UPGRADE.search(data):
             data = _without_upgrade(data)
         self._around += len(data)
         super().data_received(data)

@@ -39,9 +39,9 @@ def wanted_versions(config, failed=()):
 
 
 def stamp(path):
-    """What changes when a file, or the files directly in a folder, are written again."""
+    """What changes when a file, or one anywhere in a folder, is written again; () where it cannot be read."""
     try:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        return tuple((file.name, stat.st_mtime_ns, stat.st_size) for file in files for stat in (file.stat(),))
+        return tuple((file, stat.st_mtime_ns, stat.st_size) for file in files for stat in (file.stat(),))
     except OSError:
         return ()

@@ -15,6 +15,7 @@ from tensorflow_serving.apis.predict_pb2 import PredictResponse
 from tensorflow_serving.apis.regression_pb2 import RegressionResponse
 
 from serving.server import health, messages, operations, tensors
+from serving.server.offload import LARGE, are_large, off_loop_if
 from serving.server.signatures import CLASSIFY, DEFAULT, REGRESS, signature_named
 from serving.server.status import StatusError, invalid
 
@@ -33,15 +34,19 @@ def register(server, manager, settings, metrics, stopped):
 
 
 def _handler(answer, method):
-    """The gRPC handler of a method; a message that cannot be read is INTERNAL, as the stock server's gRPC has it."""
+    """The gRPC handler of a method, which is called with the request, whether that is large, and the call's context.
+
+    A message that cannot be read is INTERNAL, as the stock server's gRPC has it.
+    """
     request_type, response_type = map(GetMessageClass, (method.input_type, method.output_type))
 
     async def read_and_answer(content, context):
+        is_large = len(content) > LARGE
         try:
-            request = request_type.FromString(content)
+            request = await off_loop_if(is_large, request_type.FromString, content)
         except DecodeError as error:  # grpc.aio, left to read it, would answer UNKNOWN
             await context.abort(grpc.StatusCode.INTERNAL, f"the request is no {method.input_type.name}: {error}")
-        return await answer(request, context)
+        return await answer(request, is_large, context)
 
     return grpc.unary_unary_rpc_method_handler(read_and_answer, response_serializer=response_type.SerializeToString)
 
@@ -87,37 +92,40 @@ class PredictionService:
                 with self._manager.lease(spec.name, _number(spec), spec.version_label) as version:
                     yield version
 
-    async def Predict(self, request, context):
+    async def Predict(self, request, is_large, context):
         """Run a signature on tensors."""
         async with self._lease(request, request.model_spec, "Predict", context) as version:
             signature = signature_named(version.signatures, request.model_spec.signature_name, self._check_method)
-            inputs = signature.complete(tensors.from_protos(request.inputs))
+            inputs = signature.complete(await off_loop_if(is_large, tensors.from_protos, request.inputs))
             wanted = signature.select(request.output_filter)
             outputs = await version.run(signature, inputs, wanted)
             response = PredictResponse()
             messages.describe(response.model_spec, version, signature)
-            for alias, value in outputs.items():
-                self._fill(value, response.outputs[alias])
+            await off_loop_if(are_large(outputs), self._fill_outputs, outputs, response)
             self._log(version, "predict_log", request, response)
             return response
 
-    async def Classify(self, request, context):
+    def _fill_outputs(self, outputs, response):
+        for alias, value in outputs.items():
+            self._fill(value, response.outputs[alias])
+
+    async def Classify(self, request, is_large, context):
         """Classify tf.Examples."""
         async with self._lease(request, request.model_spec, "Classify", context) as version:
             response = ClassificationResponse()
-            await self._examine(version, request.model_spec, CLASSIFY, request.input, response)
+            await self._examine(version, request.model_spec, CLASSIFY, request.input, is_large, response)
             self._log(version, "classify_log", request, response)
             return response
 
-    async def Regress(self, request, context):
+    async def Regress(self, request, is_large, context):
         """Regress on tf.Examples."""
         async with self._lease(request, request.model_spec, "Regress", context) as version:
             response = RegressionResponse()
-            await self._examine(version, request.model_spec, REGRESS, request.input, response)
+            await self._examine(version, request.model_spec, REGRESS, request.input, is_large, response)
             self._log(version, "regress_log", request, response)
             return response
 
-    async def MultiInference(self, request, context):
+    async def MultiInference(self, request, is_large, context):
         """Several Classify and Regress calls of one model on the same tf.Examples."""
         spec = request.tasks[0].model_spec if request.tasks else ModelSpec()
         async with self._lease(request, spec, "MultiInference", context) as version:
@@ -126,7 +134,7 @@ class PredictionService:
             for task in request.tasks:
                 result = response.results.add()
                 part = RegressionResponse() if task.method_name == REGRESS else ClassificationResponse()
-                await self._examine(version, task.model_spec, task.method_name, request.input, part)
+                await self._examine(version, task.model_spec, task.method_name, request.input, is_large, part)
                 result.model_spec.CopyFrom(part.model_spec)
                 kind = "regression_result" if task.method_name == REGRESS else "classification_result"
                 getattr(result, kind).CopyFrom(part.result)
@@ -137,14 +145,14 @@ class PredictionService:
         if self._request_log.samples(version.name):
             self._request_log.messages(version, kind, request, response)
 
-    async def _examine(self, version, spec, method, examples, response):
+    async def _examine(self, version, spec, method, examples, is_large, response):
         signature = operations.signature_for(version.signatures, spec.signature_name, method, self._check_method)
-        examples = operations.examples_of(examples)
+        examples = await off_loop_if(is_large, operations.examples_of, examples)
         outputs = await version.run(signature, *operations.feed(signature, examples))
         messages.describe(response.model_spec, version, signature)
-        messages.fill_result(response.result, method, outputs, len(examples))
+        await off_loop_if(are_large(outputs), messages.fill_result, response.result, method, outputs, len(examples))
 
-    async def GetModelMetadata(self, request, context):
+    async def GetModelMetadata(self, request, is_large, context):
         """The signatures of a version."""
         async with _statuses(context):
             if not request.HasField("model_spec"):
@@ -164,14 +172,14 @@ class ModelService:
     def __init__(self, manager):
         self._manager = manager
 
-    async def GetModelStatus(self, request, context):
+    async def GetModelStatus(self, request, is_large, context):
         """The state of every version of a model, or of one."""
         async with _statuses(context):
             if not request.HasField("model_spec"):
                 raise invalid("Missing ModelSpec")
             return messages.status_message(self._manager, request.model_spec.name, _number(request.model_spec))
 
-    async def HandleReloadConfigRequest(self, request, context):
+    async def HandleReloadConfigRequest(self, request, is_large, context):
         """Serve another configuration; answers when its new models are available."""
         async with _statuses(context):
             if request.config.WhichOneof("config") != "model_config_list":
@@ -179,7 +187,8 @@ class ModelService:
                     "ServerModelConfig type not supported by HandleReloadConfigRequest. "
                     "Only ModelConfigList is currently supported"
                 )
-            await asyncio.to_thread(self._manager.reload, request.config)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._manager.reloads, self._manager.reload, request.config)
             response = ReloadConfigResponse()
             response.status.error_code = 0
             return response

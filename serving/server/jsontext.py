@@ -24,7 +24,10 @@ _INT64_MIN = -(2**63)
 
 
 def _first_wins(pairs):
-    return dict(reversed(pairs))
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        found.update(reversed(pairs))  # in their places
+    return found
 
 
 def _double(token):

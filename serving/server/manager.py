@@ -7,6 +7,7 @@ cannot be loaded ends with its error and replaces nothing.
 
 import contextlib
 import gc
+import sys
 import threading
 import time
 import traceback
@@ -64,34 +65,43 @@ class Manager:
         self._pool = ThreadPoolExecutor(settings.batching.num_batch_threads, "run")
         self._loaders = ThreadPoolExecutor(max(1, settings.num_load_threads), "load")
         self._unloaders = ThreadPoolExecutor(max(1, settings.num_unload_threads), "unload")
+        self.reloads = ThreadPoolExecutor(1, "reload")  # for `reload`: one at a time, as in the stock server
         self._lock = threading.Condition()  # guards what follows; notified whenever a state changes
         self._configs = {}  # model name -> ModelConfig
         self._labels = {}  # model name -> {label: version number}
         self._versions = {}  # model name -> {number: Version}, every version ever wanted
         self._look = threading.Event()  # set to have the folders looked at now
-        self._asked = self._answered = 0  # generations of the configuration: the newest, and the newest acted on
-        self._closed = False
+        # generations of what is asked for (a configuration, or a folder to look at again): newest, newest acted on
+        self._asked = self._answered = 0
+        self._stopping = self._closed = False
         self._config_stamp = self._config_fault = None
         self._thread = threading.Thread(target=self._watch, name="versions", daemon=True)
 
     def start(self):
         """Read the configuration and begin to load; returns at once."""
-        self.configure(self._settings.model_config())
-        if self._settings.model_config_file:
+        if self._settings.model_config_file:  # the stamp before the content: what is written between is then read
             self._config_stamp = stamp(Path(self._settings.model_config_file))
+        self.configure(self._settings.model_config())
         self._thread.start()
+
+    def begin_stop(self):
+        """Let nobody wait for a `reload` any longer; requests are answered on, until `close`."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify_all()
 
     def close(self):
         """Stop watching and unload everything, once the requests under way have been answered."""
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
+            self._stopping = self._closed = True
             self._lock.notify_all()
         self._look.set()
         if self._thread.ident:
             self._thread.join()
         self._retire([version for versions in self._versions.values() for version in versions.values()])
+        self.reloads.shutdown()
         self._unloaders.shutdown()
         self._loaders.shutdown()
         self._pool.shutdown()
@@ -129,12 +139,19 @@ class Manager:
             )
 
     def reload(self, config, timeout=300):
-        """`configure`, then wait until every model that is new serves or has failed, which is an error; blocks."""
+        """`configure`, then wait until every model that is new serves or has failed, which is an error; blocks.
+
+        UNAVAILABLE where the server stops meanwhile.
+        """
         with self._lock:
+            if self._stopping:
+                raise _stopping()
             added = {model.name for model in config.model_config_list.config} - self._configs.keys()
         self.configure(config)
         with self._lock:
-            self._lock.wait_for(lambda: self._closed or self._is_settled(added), timeout)
+            self._lock.wait_for(lambda: self._stopping or self._is_settled(added), timeout)
+            if self._stopping and not self._is_settled(added):
+                raise _stopping()
             unavailable = [
                 f"{{name: {name}}}" + "".join(f" due to error: {error}" for _, error in self._errors(name))
                 for name in sorted(added)
@@ -201,7 +218,8 @@ class Manager:
         if name in self._configs and not known and self._answered == self._asked:
             raise StatusError(
                 "FAILED_PRECONDITION",
-                f"{what}; {self._configs[name].base_path} has no version folder with a {backends.SAVED_MODEL} in it",
+                f"{what}; {self._configs[name].base_path} has no version folder with a {backends.SAVED_MODEL} or "
+                f"{backends.LITE_MODEL} in it",
             )
         raise StatusError("NOT_FOUND", what)
 
@@ -311,7 +329,7 @@ class Manager:
         except (InputError, StatusError) as error:  # tried again at the next look: a label may become assignable
             if str(error) != self._config_fault:
                 self._config_fault = str(error)
-                print(f"the model config was not applied: {error}", flush=True)
+                print(f"the model config was not applied: {error}", file=sys.stderr, flush=True)
 
     def _update(self):
         """Bring what is loaded in line with the folders: load first, unload afterwards."""
@@ -321,7 +339,19 @@ class Manager:
                 name: {number for number, version in known.items() if version.error or version.retry_at}
                 for name, known in self._versions.items()
             }
+            kept = {
+                (name, number)
+                for name, known in self._versions.items()
+                for number, version in known.items()
+                if version.state != END
+            }
         wanted = {name: wanted_versions(config, failed.get(name, ())) for name, config in configs.items()}
+        stamps = {  # not under the lock: every request takes it, and a disk may be slow
+            (name, number): stamp(folder)
+            for name, folders in wanted.items()
+            for number, folder in (folders or {}).items()
+            if (name, number) not in kept
+        }
         fresh, now = [], time.monotonic()
         with self._lock:
             for name, folders in wanted.items():
@@ -332,7 +362,9 @@ class Manager:
                         if version.retry_at and version.retry_at <= now:
                             fresh.append(version)
                         continue
-                    found = stamp(folder)
+                    found = stamps.get((name, number))
+                    if found is None:  # it has ended since: that has asked for another look
+                        continue
                     if version is None or not version.error or version.stamp != found:
                         known[number] = Version(name, number, folder, found)
                         fresh.append(known[number])
@@ -375,7 +407,7 @@ class Manager:
                 self._warm_up(model, version.folder)
         except Exception as error:  # whatever it is, it is this version's end and not the server's
             if model is not None:
-                model.close()
+                _close(model)
             self._metrics.observe_load(version.folder, 0, succeeded=False)
             if isinstance(error, InputError):
                 error = StatusError("INVALID_ARGUMENT", str(error))
@@ -413,7 +445,7 @@ class Manager:
         wait = max(0, self._settings.load_retry_interval_micros) / 1e6
         version.retry_at = time.monotonic() + wait
         again = f"trying again in {wait:g} s, {left} attempt(s) left"
-        print(f"{version.name} version {version.number}: {error}; {again}", flush=True)
+        print(f"{version.name} version {version.number}: {error}; {again}", file=sys.stderr, flush=True)
 
     def _fail(self, version, error):
         version.error, version.retry_at = error, 0
@@ -431,7 +463,7 @@ class Manager:
         with self._lock:
             self._lock.wait_for(lambda: not version.in_flight, _DRAIN_SECONDS)
         version.batcher.wait_idle(_DRAIN_SECONDS)
-        version.model.close()
+        _close(version.model)
         version.model = version.batcher = None
         _settle_garbage(unloaded=True)
         with self._lock:
@@ -443,6 +475,18 @@ class Manager:
         with self._lock:
             version.state = state
             self._lock.notify_all()
+
+
+def _stopping():
+    return StatusError("UNAVAILABLE", "the server is stopping")
+
+
+def _close(model):
+    """Free a model; where that fails its version ends all the same."""
+    try:
+        model.close()
+    except Exception:
+        traceback.print_exc()
 
 
 def _settle_garbage(unloaded):

@@ -12,6 +12,7 @@ import functools
 import itertools
 import threading
 import time
+import traceback
 
 from serving.server.status import StatusError
 
@@ -33,8 +34,8 @@ class Metrics:
     def call(self, model_name, api, entrypoint, *, is_served):
         """Count one call by its outcome, and time it if it is answered; `api` is the call, `entrypoint` REST or GRPC.
 
-        Anything but a `StatusError` or a cancellation leaves as an INTERNAL `StatusError`.  A call for a model that is
-        not served is not counted: a made-up name must not become a metric.
+        Anything but a `StatusError` or a cancellation leaves as an INTERNAL `StatusError`, its trace on stderr.  A call
+        for a model that is not served is not counted: a made-up name must not become a metric.
         """
         start, status = time.perf_counter(), "OK"
         try:
@@ -47,6 +48,7 @@ class Metrics:
             raise
         except Exception as error:
             status = "INTERNAL"
+            traceback.print_exc()  # its client learns what, the operator where
             raise StatusError(status, f"{type(error).__name__}: {error}") from error
         finally:
             if is_served:

@@ -13,11 +13,11 @@ def models_of(config, previous):
     Raises `StatusError` with the stock server's code and words.  Source: ServerCore::ReloadConfig and what it calls
     (model_servers/server_core.cc).
     """
-    if config.WhichOneof("config") == "custom_model_config":
+    kind = config.WhichOneof("config")
+    if kind == "custom_model_config" or (previous and kind is None):  # the latter: a file caught before it is written
         raise StatusError(
             "FAILED_PRECONDITION",
-            "Cannot transition to requested config. It is only legal to transition from one ModelConfigList to another "
-            "(custom_model_config is not supported)",
+            "Cannot transition to requested config. It is only legal to transition from one ModelConfigList to another",
         )
     models = {}
     for model in config.model_config_list.config:

@@ -1,6 +1,6 @@
-"""The protocol's five calls on a loaded model, between the wire format and the run.
+"""Classify and Regress on a loaded model, between the wire format and the run.
 
-Each is a pair: what to feed a signature with, and what its outputs mean.  REST, gRPC and the warm-up share them.
+REST, gRPC and the warm-up share them.
 """
 
 import numpy as np

@@ -25,7 +25,7 @@ from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
 from course.core import files
 from course.core.errors import InputError
-from serving.server import messages, tensors, warmup
+from serving.server import backends, messages, tensors, warmup
 from serving.server.signatures import REGRESS
 from serving.server.status import StatusError, invalid
 
@@ -35,6 +35,7 @@ WAITING_RECORDS, WAITING_BYTES = 4096, 64 * MIB  # in the queue
 SHARD_BYTES, TOTAL_BYTES = 64 * MIB, 1024 * MIB  # of a file, and of a prefix: beyond it the oldest files go
 _GATHER_SECONDS = 0.05  # that records wait for company: each waking of the thread interrupts the event loop
 _CLOSE_SECONDS = 10  # for what is still in the queue when the server ends
+_MOVED = ("moved",)  # in the queue: the models logged, or where to, have changed
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class RequestLog:
         self._metrics = metrics
         self._models = {}  # model name -> _Wanted
         self._shards = {}  # prefix -> Shards
-        self._queue = collections.deque()  # (model name, bytes, seconds since 1970, function that makes the record)
+        # (model name, bytes, seconds since 1970, function that makes the record), and _MOVED after a new config
+        self._queue = collections.deque()
         self._bytes = 0
         self._lock = threading.Condition()  # guards the queue; notified when it is no longer empty, and at the end
         self._closed = False
@@ -85,7 +87,11 @@ class RequestLog:
 
     def follow(self, models):
         """Log what `plan` has found from now on."""
-        self._models = models
+        with self._lock:
+            self._models = models
+            if self._thread is not None:
+                self._queue.append(_MOVED)
+                self._lock.notify()
 
     def samples(self, name):
         """Whether this request for a model is one of those to be logged."""
@@ -140,6 +146,9 @@ class RequestLog:
 
     def _write(self):
         while entry := self._next():
+            if entry is _MOVED:
+                self._forget()
+                continue
             name, size, now, record = entry
             self._metrics.count_logged(name, self._write_one(name, now, record))
             with self._lock:
@@ -158,6 +167,11 @@ class RequestLog:
                 self._lock.wait_for(lambda: self._queue or self._closed)
                 self._lock.wait_for(lambda: self._closed, _GATHER_SECONDS)
             return self._queue.popleft() if self._queue else None
+
+    def _forget(self):
+        """End the files of prefixes at which nothing is logged any more."""
+        for prefix in self._shards.keys() - {wanted.prefix for wanted in self._models.values()}:
+            self._shards.pop(prefix).close()
 
     def _write_one(self, name, now, record):
         """The outcome of writing one record, as the name of a status."""
@@ -293,7 +307,10 @@ def read(prefix, seen=None):
     """
     seen = {} if seen is None else seen
     for path in shards(prefix):
-        size, done = path.stat().st_size if path.exists() else 0, seen.get(path, (0, 0))
+        try:
+            size, done = path.stat().st_size, seen.get(path, (0, 0))
+        except FileNotFoundError:  # removed meanwhile, as the oldest
+            continue
         if size > done[0]:
             for number, record in enumerate(_records(path), 1):
                 if number > done[1]:
@@ -321,8 +338,9 @@ def write_warmup(prefix, version, model="", limit=warmup.MAX_RECORDS):
 
     if not 1 <= limit <= warmup.MAX_RECORDS:
         raise InputError(f"a warm-up file holds 1 to {warmup.MAX_RECORDS} requests, not {limit}")
-    if not (Path(version) / "saved_model.pb").exists() and not (Path(version) / "model.tflite").exists():
-        raise InputError(f"{version} is no version folder: it holds neither saved_model.pb nor model.tflite")
+    if not backends.is_complete(version):
+        names = f"neither {backends.SAVED_MODEL} nor {backends.LITE_MODEL}"
+        raise InputError(f"{version} is no version folder: it holds {names}")
     kept = {}
     for log in read(prefix):
         if model in ("", log.log_metadata.model_spec.name):

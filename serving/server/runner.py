@@ -1,6 +1,7 @@
 """One server: its sockets, its event loop, its two protocols, from start to drained stop."""
 
 import asyncio
+import contextlib
 import functools
 import gc
 import socket
@@ -100,6 +101,7 @@ class Running:
         started()
         if not self._stop_asked:
             await self._stopped.wait()
+        self.manager.begin_stop()
         if self._server is not None:
             self._server.should_exit = True
         if grpc_server is not None:
@@ -120,18 +122,29 @@ class Running:
             ]
         )
         self._register(server, stopped=self._stopped)
-        if self._credentials:
-            listen = functools.partial(server.add_secure_port, server_credentials=self._credentials)
-        else:
-            listen = server.add_insecure_port
         if settings.port:
-            try:
-                self.grpc_port = listen(f"{_bracketed(settings.host)}:{max(settings.port, 0)}")
-            except RuntimeError as error:
-                raise _port_taken(settings.host, settings.port, "--port") from error
-        if settings.grpc_socket_path:
-            listen(f"unix:{settings.grpc_socket_path}")
+            address = f"{bracketed(settings.host)}:{max(settings.port, 0)}"
+            self.grpc_port = self._listen(server, address, _port_taken(settings.host, settings.port, "--port"))
+        if path := settings.grpc_socket_path:
+            advice = "give --grpc_socket_path a file in a folder that is there and ours to write to"
+            self._listen(server, f"unix:{path}", InputError(f"cannot listen on {path}: {advice}"))
         return server
+
+    def _listen(self, server, address, refusal):
+        """Have a gRPC server listen on an address; returns the port, or raises `refusal` where it is the address."""
+        try:
+            if self._credentials is None:
+                return server.add_insecure_port(address)
+            return server.add_secure_port(address, self._credentials)
+        except RuntimeError as error:
+            if self._credentials is not None:
+                with contextlib.suppress(RuntimeError):  # gRPC does not say which: see whether the address will do
+                    server.add_insecure_port(address)
+                    refusal = InputError(
+                        f"{self.settings.ssl_config_file}: gRPC cannot use server_key, server_cert or custom_ca; give "
+                        "PEM texts, the key that of the certificate"
+                    )
+            raise refusal from error
 
     def _close_socket(self):
         if self._socket:
@@ -150,10 +163,11 @@ def _bind(host, port):
 
 def _port_taken(host, port, flag):
     return InputError(
-        f"cannot listen on {host}:{port}: the port is taken, or not ours to take; choose another with "
+        f"cannot listen on {bracketed(host)}:{port}: the port is taken, or not ours to take; choose another with "
         f"{flag} (-1 takes any free one)"
     )
 
 
-def _bracketed(host):
+def bracketed(host):
+    """A host as it stands before a port: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host

@@ -79,6 +79,8 @@ class Settings:
             self.batching = read_batching(self.batching_parameters_file, self.enable_batching)
         self.metrics_path = read_metrics_path(self.monitoring_config_file) if self.monitoring_config_file else ""
         self.ssl = _read_text_proto(self.ssl_config_file, _messages()["SSLConfig"]()) if self.ssl_config_file else None
+        if self.ssl and self.ssl.client_verify and not self.ssl.custom_ca:
+            raise InputError(f"{self.ssl_config_file}: client_verify needs custom_ca, whose certificates clients show")
         self.grpc_options = read_grpc_options(self.grpc_channel_arguments)
         if self.tensorflow_session_config_file:
             self.session_config()  # a file that cannot be read is told now

@@ -20,6 +20,7 @@ _FIELDS = {
 # fields whose packed elements are, on the wire, the bytes that the array has in memory -> their number
 _AS_IN_MEMORY = {"float_val": 5, "double_val": 6, "scomplex_val": 9, "bool_val": 11, "dcomplex_val": 12}
 
+_AT_ONCE = 2**16  # elements that are appended to a field in one call, during which no other thread runs
 _MAX_FILLED = 100 * 2**20  # bytes that a short list of values may be drawn out to: as for gzip, small stays small
 
 
@@ -125,7 +126,8 @@ def to_proto(array, message):
         return
     if name in ("half", "bfloat16"):
         flat = flat.view(np.uint16)
-    getattr(message, field).extend(flat.tolist())
+    for start in range(0, flat.size, _AT_ONCE):
+        getattr(message, field).extend(flat[start : start + _AT_ONCE].tolist())
 
 
 def _varint(number):
