@@ -102,6 +102,29 @@ def test_a_corrupt_version_is_kept_out_until_it_is_mended(folder, tmp_path):
         assert client.predict([0.0]) == [2.0]
 
 
+def test_a_version_taken_away_while_it_loads_is_loaded_when_it_is_back(folder, tmp_path, monkeypatch):
+    base, load = tmp_path / "m", backends.load
+    publish(folder / "half_plus" / "1", base, 1)
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(path, settings):
+        if path.name == "2" and not begun.is_set():
+            begun.set()
+            assert go.wait(10)
+        return load(path, settings)
+
+    monkeypatch.setattr(backends, "load", slow)
+    with serve("m", base, **FAST) as server:
+        server.wait_available(1)
+        publish(folder / "half_plus" / "2", base, 2)
+        assert begun.wait(10)
+        (base / "2").rename(base / "withdrawn-2")
+        go.set()
+        wait_for(lambda: server.manager.statuses("m", 2)[0][1] == "END")
+        (base / "withdrawn-2").rename(base / "2")
+        wait_for(lambda: server.manager.models() == {"m": [2]})
+
+
 def test_a_model_that_cannot_be_closed_is_let_go(folder, tmp_path, monkeypatch, capfd):
     base, close = tmp_path / "m", backends.SavedModel.close
 

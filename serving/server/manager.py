@@ -409,6 +409,8 @@ class Manager:
             if model is not None:
                 _close(model)
             self._metrics.observe_load(version.folder, 0, succeeded=False)
+            if stamp(version.folder) != version.stamp:  # moved or written meanwhile: what is there now has not failed
+                version.stamp = ()
             if isinstance(error, InputError):
                 error = StatusError("INVALID_ARGUMENT", str(error))
             if not isinstance(error, StatusError):
