@@ -130,6 +130,24 @@ def conformance_models():
     }
 
 
+def save_versions(folder, count):
+    """Write half_plus in `folder` as versions 1 to `count`: y = 0.5 x + version."""
+    for number in range(1, count + 1):
+        save_graph(folder / str(number), half_plus(number))
+
+
+def sleeper(v1):
+    """y = x, after as many seconds as the largest x says: the kernel sleeps, so no core is kept busy."""
+    import tensorflow as tf
+    from tensorflow.python.data.experimental.ops import testing  # no public name: the one kernel that only waits
+
+    x = v1.placeholder(tf.float32, [None, 1], "x")
+    microseconds = tf.cast(tf.reduce_max(x) * 0.5e6, tf.int64)  # `get_single_element` asks twice, lest there be another
+    dataset = tf.data.Dataset.from_tensors(microseconds).apply(testing.sleep(microseconds))
+    with v1.control_dependencies([dataset.get_single_element()]):
+        return {"serving_default": (PREDICT, {"x": x}, {"y": tf.identity(x)})}
+
+
 def save_product(folder):
     """A TF2 SavedModel: y = v1 v2 x with variables v1 = 3 and v2 = 2."""
     import tensorflow as tf

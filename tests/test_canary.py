@@ -18,7 +18,6 @@ from serving import canary, pipeline
 from serving.client import Client, ServingError
 from serving.server import spawn, warmup
 from tests import serving_models
-from tests.test_server_reliability import sleeper
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +254,7 @@ def test_a_candidate_that_loads_for_too_long_is_withdrawn_and_the_verdict_says_s
     place, push, requests_file, graphs, tmp_path
 ):
     slow = graphs / "slow"
-    serving_models.save_graph(slow, sleeper)
+    serving_models.save_graph(slow, serving_models.sleeper)
     (slow / warmup.FILE).parent.mkdir()
     write_warmup(slow / warmup.FILE, "m", {"serving_default": {"x": np.float32([[7.0]])}})  # seconds
     canary.apply(place, tmp_path / "m", {1}, {})

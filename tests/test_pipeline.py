@@ -365,8 +365,8 @@ def test_a_running_server_says_which_version_serves_now(tmp_path, capsys):
     from tests import serving_models
 
     base = tmp_path / "exports" / "half_plus"
+    serving_models.save_versions(tmp_path / "made", 2)
     for number in (1, 2):
-        serving_models.save_graph(tmp_path / "made" / str(number), serving_models.half_plus(number))
         pipeline.push(tmp_path / "made" / str(number), base)
     with serve("half_plus", base, file_system_poll_wait_seconds=0.1) as server:
         server.wait_available(2)
@@ -399,8 +399,8 @@ def test_where_older_versions_serve_on_the_highest_is_waited_for(tmp_path, capsy
     from tests import serving_models
 
     base = tmp_path / "exports" / "half_plus"
+    serving_models.save_versions(tmp_path / "made", 2)
     for number in (1, 2):
-        serving_models.save_graph(tmp_path / "made" / str(number), serving_models.half_plus(number))
         pipeline.push(tmp_path / "made" / str(number), base)
     config = tmp_path / "models.config"
     text = pipeline.models_config({"half_plus": base})

@@ -43,8 +43,7 @@ FAST = {"file_system_poll_wait_seconds": 0.05}
 def folder(tmp_path_factory):
     """half_plus/{1,2,3}: y = 0.5 x + version."""
     folder = tmp_path_factory.mktemp("contract")
-    for number in (1, 2, 3):
-        serving_models.save_graph(folder / "half_plus" / str(number), serving_models.half_plus(number))
+    serving_models.save_versions(folder / "half_plus", 3)
     return folder
 
 

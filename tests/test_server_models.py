@@ -30,8 +30,7 @@ FAST = {"file_system_poll_wait_seconds": 0.05}
 def folder(tmp_path_factory):
     """half_plus/{1,2,3} with y = 0.5 x + version, and a convolutional network as SavedModel and TFLite."""
     folder = tmp_path_factory.mktemp("models")
-    for number in (1, 2, 3):
-        serving_models.save_graph(folder / "half_plus" / str(number), serving_models.half_plus(number))
+    serving_models.save_versions(folder / "half_plus", 3)
     model = serving_models.save_convnet(folder / "convnet" / "1")
     serving_models.save_lite(folder / "lite" / "1", model)
     return folder

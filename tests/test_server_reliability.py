@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from serving.client import Client, ServingError
 from serving.server import backends, codec, serve, spawn
-from serving.server.signatures import PREDICT, TensorSpec
+from serving.server.signatures import TensorSpec
 from serving.server.status import StatusError
 from tests import serving_malformed as malformed
 from tests import serving_models
@@ -32,18 +32,6 @@ from tests.serving_models import publish, wait_for
 
 POLL = {"file_system_poll_wait_seconds": 0.05}
 GOOD = b'{"instances": [1.0, 2.0]}'
-
-
-def sleeper(v1):
-    """y = x, after as many seconds as the largest x says: the kernel sleeps, so no core is kept busy."""
-    import tensorflow as tf
-    from tensorflow.python.data.experimental.ops import testing  # no public name: the one kernel that only waits
-
-    x = v1.placeholder(tf.float32, [None, 1], "x")
-    microseconds = tf.cast(tf.reduce_max(x) * 0.5e6, tf.int64)  # `get_single_element` asks twice, lest there be another
-    dataset = tf.data.Dataset.from_tensors(microseconds).apply(testing.sleep(microseconds))
-    with v1.control_dependencies([dataset.get_single_element()]):
-        return {"serving_default": (PREDICT, {"x": x}, {"y": tf.identity(x)})}
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +45,8 @@ def folder(tmp_path_factory):
     serving_models.save_graph(folder / "pair" / "1", serving_models.identity(pair))
     model = serving_models.save_convnet(folder / "convnet" / "1", size=8, filters=2, classes=2)
     serving_models.save_lite(folder / "lite" / "1", model)
-    for number in (1, 2, 3):
-        serving_models.save_graph(folder / "m" / str(number), serving_models.half_plus(number))
-    serving_models.save_graph(folder / "sleeper" / "1", sleeper)
+    serving_models.save_versions(folder / "m", 3)
+    serving_models.save_graph(folder / "sleeper" / "1", serving_models.sleeper)
     names = (*malformed.IDENTITIES, "pair", "convnet", "lite")
     write_config(folder / "models.config", {name: folder / name for name in names} | {"m": folder / "m"}, m=1)
     return folder
