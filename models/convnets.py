@@ -31,19 +31,20 @@ def small_resnet(shape, classes, width, mean, variance, dropout=0.3):
     return keras.Model(image, layers.Dense(classes, dtype="float32", name="logits")(x), name="classifier")
 
 
-def quick_resnet(shape, classes, width, mean, variance):
+def quick_resnet(shape, classes, width, mean, variance, activation="silu"):
     """A residual network made to learn in few epochs (after Page 2018, "How to train your ResNet"): pixels -> logits.
 
     Three blocks, each a convolution with pooling and one with a shortcut around it, of 2, 4 and 4 times `width`
     channels; then the largest answer of each channel.  `shape`: (H, W, C), sides of 8 and more; `mean`, `variance`: as
-    for `small_resnet`.  Logits are float32 under every precision policy.
+    for `small_resnet`.  `activation`: "relu" is one operation with the convolution in an int8 file, "silu" three more.
+    Logits are float32 under every precision policy.
     """
 
     def convolved(x, channels, pooled=False):
         x = layers.Conv2D(channels, 3, padding="same", use_bias=False)(x)
         x = layers.MaxPooling2D()(x) if pooled else x  # first: the rest is cheaper then
         # few steps, so the running statistics must follow soon
-        return layers.Activation("silu")(layers.BatchNormalization(momentum=0.6, epsilon=1e-5)(x))
+        return layers.Activation(activation)(layers.BatchNormalization(momentum=0.6, epsilon=1e-5)(x))
 
     image = keras.Input(shape, name="pixels")
     x = convolved(layers.Normalization(mean=mean, variance=variance)(image), width)

@@ -5,6 +5,7 @@ TensorFlow is imported inside the functions: the catalogue and `--help` use this
 
 import importlib.abc
 import importlib.util
+import logging
 import os
 import platform
 import re
@@ -34,6 +35,8 @@ def environment():
         os.environ.setdefault(name, value)
     # `core.data.batches` shuffles by itself; Keras remarks on it at every `fit`
     warnings.filterwarnings("ignore", message=r"`shuffle=True` was passed, but will be ignored")
+    # a lesson that compares networks traces each of them: TensorFlow takes them for one function called in a wrong way
+    logging.getLogger("tensorflow").addFilter(lambda record: "function retracing" not in record.getMessage())
     if "tensorflow" not in sys.modules and not any(isinstance(finder, _QuietStart) for finder in sys.meta_path):
         sys.meta_path.insert(0, _QuietStart())
 

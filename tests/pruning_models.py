@@ -1,0 +1,36 @@
+"""For the tests of pruning: a tiny data set and networks of few weights."""
+
+import keras
+import numpy as np
+from keras import layers
+
+from compression.data import Data
+from compression.training import Training
+from course.core import runtime
+
+SHAPE = (8, 8, 3)
+QUICK = Training(epochs=2, batch=16, lr=0.05)  # eight steps of the data below
+
+
+def noise():
+    """Pictures 0..255 whose class is their brightest channel."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (64, *SHAPE), dtype=np.uint8)
+    y = x.mean(axis=(1, 2)).argmax(axis=1).astype(np.int32)
+    return Data(x, y, x[:32], y[:32], x[32:], y[32:], ["r", "g", "b"], {"name": "noise"})
+
+
+def dense(seed=0):
+    runtime.seed(seed)
+    image = keras.Input(SHAPE)
+    x = layers.Dense(16, "relu", name="hidden")(layers.Flatten()(layers.Rescaling(1 / 127.5, -1)(image)))
+    return keras.Model(image, layers.Dense(3, name="logits")(x), name="small")
+
+
+def randomised(model, seed=0):
+    """The model with every weight drawn at random, running variances above zero: nothing is 0 or 1 by luck."""
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        drawn = rng.normal(0, 0.3, weight.shape)
+        weight.assign(np.abs(drawn) + 0.3 if "variance" in weight.path else drawn)
+    return model

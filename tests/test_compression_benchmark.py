@@ -1,0 +1,487 @@
+"""What is compressed, with what data, how it is measured, and the command that does all of it."""
+
+import dataclasses
+import gzip
+import io
+import json
+import types
+
+import keras
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from compression import arms, benchmark, lite, measure, report, target
+from compression import data as sets
+from compression.training import Training, fit
+from course import core
+from course.core import export
+from course.core.data import ImageSet
+from serving import pipeline
+
+SHAPE, LABELS = (16, 16, 1), ("cat", "dog", "owl")
+
+
+def pictures(count, seed):
+    """Noise uint8 [count, 16, 16, 1] with a light third, and which third it is."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 3, count).astype("int32")
+    x = rng.integers(0, 120, (count, *SHAPE), dtype=np.uint8)
+    for i, third in enumerate(y):
+        x[i, 5 * third : 5 * third + 5] += 60
+    return x, y
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "thirds.npz"
+    (x, y), (x_test, y_test) = pictures(600, 0), pictures(200, 1)
+    np.savez(path, x_train=x, y_train=y, x_test=x_test, y_test=y_test, labels=LABELS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(npz):
+    return sets.load(str(npz))
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    keras.utils.set_random_seed(0)
+    image = keras.Input(SHAPE, name="pixels")
+    x = layers.Conv2D(8, 3, activation="relu")(layers.Rescaling(1 / 128, -1)(image))
+    x = layers.Conv2D(8, 3, strides=2, activation="relu")(x)
+    net = keras.Model(image, layers.Dense(3, name="logits")(layers.Flatten()(x)))
+    fit(net, data, Training(epochs=2, batch=32, lr=0.05))
+    return net
+
+
+@pytest.fixture(scope="module")
+def image_set(data):
+    parts = (data.x_train, data.y_train, data.x_test, data.y_test)
+    return ImageSet(*parts, LABELS, {"name": "thirds"})
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_named_set_keeps_its_test_part_and_gives_the_end_of_training_for_validation():
+    whole = core.data.load("fashion_mnist_12k")
+    found = sets.load("fashion_mnist_12k")
+    np.testing.assert_array_equal(found.x_test, whole.x_test)
+    np.testing.assert_array_equal(np.concatenate([found.x_train, found.x_val]), whole.x_train)
+    np.testing.assert_array_equal(np.concatenate([found.y_train, found.y_val]), whole.y_train)
+    assert (len(found.x_val), found.x_val.dtype, found.y_val.dtype) == (1000, np.uint8, np.int32)
+    small, smaller = (sets.load("fashion_mnist_12k", limit=count) for count in (200, 100))
+    np.testing.assert_array_equal(small.x_train[:100], smaller.x_train)
+    assert np.bincount(smaller.y_train).tolist() == [10] * 10
+    assert small.provenance["train"] == 200 and small.provenance["sha256"] == whole.provenance["sha256"]
+
+
+def test_classes_are_numbered_as_the_model_has_them():
+    names = [core.data.images.slug(label) for label in core.data.SETS["fashion_mnist_12k"].labels]
+    plain = sets.load("fashion_mnist_12k")
+    turned = sets.load("fashion_mnist_12k", labels=sorted(names))
+    for part in ("train", "val", "test"):
+        theirs, ours = getattr(turned, f"y_{part}"), getattr(plain, f"y_{part}")
+        assert [turned.labels[i] for i in theirs[:50]] == [names[i] for i in ours[:50]]
+    with pytest.raises(core.InputError, match="are not those of fashion_mnist_12k"):
+        sets.load("fashion_mnist_12k", labels=["cat", "dog"])
+
+
+def test_a_file_without_validation_gives_a_stratified_tenth(data, tmp_path):
+    assert (len(data.x_train), len(data.x_val), len(data.x_test)) == (540, 60, 200)
+    assert data.labels == list(LABELS) and data.provenance["name"] == "thirds"
+    together = np.sort(np.concatenate([data.x_train, data.x_val]).reshape(600, -1).sum(axis=1, dtype=int))
+    np.testing.assert_array_equal(together, np.sort(pictures(600, 0)[0].reshape(600, -1).sum(axis=1, dtype=int)))
+    own = dict(x_train=np.zeros((9, 2)), y_train=np.arange(9) % 2, x_val=np.ones((3, 2)), y_val=np.array([1, 0, 1]),
+               x_test=np.zeros((4, 2)), y_test=np.arange(4) % 2)  # fmt: skip
+    np.savez(tmp_path / "own.npz", **own)
+    found = sets.load(str(tmp_path / "own.npz"))
+    assert found.x_train.dtype == np.float32 and len(found.x_val) == 3 and found.labels == ["0", "1"]
+    assert sets.load(str(tmp_path / "own.npz"), labels=["no", "yes", "maybe"]).labels == ["no", "yes", "maybe"]
+    with pytest.raises(core.InputError, match="has 2 classes, the model 1"):
+        sets.load(str(tmp_path / "own.npz"), labels=["no"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"y_test": None}, "has no y_test"),
+        ({"y_train": np.array([0.5] * 20)}, r"class numbers are integers"),
+        ({"x_train": np.full((20, 2), np.nan)}, "not finite"),
+        ({"x_test": np.zeros((4, 3))}, "x_test .* does not fit"),
+        ({"labels": np.array(["one"])}, "class 1 has no name"),
+        ({"x_test": np.zeros((0, 2)), "y_test": np.zeros(0, int)}, "x_test is empty"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_one_line(tmp_path, changed, match):
+    arrays = dict(
+        x_train=np.zeros((20, 2)), y_train=np.arange(20) % 2, x_test=np.zeros((4, 2)), y_test=np.arange(4) % 2
+    )
+    arrays = {key: value for key, value in (arrays | changed).items() if value is not None}
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(core.InputError, match=match):
+        sets.load(str(tmp_path / "bad.npz"))
+
+
+def test_a_folder_of_pictures_is_fitted_to_the_model(tmp_path):
+    x, y = pictures(60, 2)
+    for i, (image, label) in enumerate(zip(x, y, strict=True)):
+        (tmp_path / LABELS[label]).mkdir(exist_ok=True)
+        PIL.Image.fromarray(image[..., 0]).save(tmp_path / LABELS[label] / f"{i}.png")
+    found = sets.load(str(tmp_path), shape=(8, 8, 1), labels=list(LABELS))
+    assert found.x_train.shape[1:] == (8, 8, 1)
+    assert sum(found.provenance[part] for part in ("train", "val", "test")) == 60
+    with pytest.raises(core.InputError, match="input shape must be known"):
+        sets.load(str(tmp_path))
+
+
+# --- the target ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closing", ["layer", "activation", "dense", "none", "dict"])
+def test_a_closing_softmax_is_left_out(closing, tmp_path):
+    keras.utils.set_random_seed(1)
+    point = keras.Input((5,))
+    logits = layers.Dense(3, name="last")(layers.Dense(4, "relu")(point))
+    plain = keras.Model(point, logits)
+    output = {
+        "layer": lambda: layers.Softmax()(logits), "activation": lambda: layers.Activation("softmax")(logits),
+        "dense": lambda: logits, "none": lambda: logits, "dict": lambda: {"scores": layers.Softmax()(logits)},
+    }[closing]()  # fmt: skip
+    net = keras.Model(point, output)
+    if closing == "dense":
+        net = keras.models.clone_model(plain)
+        net.set_weights(plain.get_weights())
+        net.get_layer("last").activation = keras.activations.softmax
+    net.save(tmp_path / "net.keras")
+    found = target.find(str(tmp_path / "net.keras"))
+    x = np.random.default_rng(0).normal(size=(7, 5)).astype("float32")
+    np.testing.assert_allclose(found.model.predict(x, verbose=0), plain.predict(x, verbose=0), atol=1e-6)
+    assert (found.shape, found.layered, found.data, found.labels) == ((5,), True, "", None)
+
+
+def test_an_export_carries_its_model_and_the_name_of_its_data(model, image_set, data, tmp_path):
+    version = export.image_classifier(model, "thirds", image_set, tmp_path / "exports")
+    assert version.parent == tmp_path / "exports" / "thirds"
+    again = export.image_classifier(model, "thirds", image_set, tmp_path / "exports")
+    assert int(again.name) > int(version.name)
+    found = target.find(str(version.parent))
+    assert (found.name, found.source, found.data, found.labels) == ("thirds", again, "thirds", list(LABELS))
+    x = data.x_test[:9]
+    np.testing.assert_allclose(found.model.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6)
+    served = tf.saved_model.load(str(version)).signatures["pixels"](pixels=tf.constant(x))["probabilities"]
+    np.testing.assert_allclose(served, keras.ops.softmax(model.predict(x, verbose=0)), atol=1e-6)
+    assert found.sha256() == target.find(str(version)).sha256()
+    changed = dataclasses.replace(found, model=keras.models.clone_model(found.model))
+    assert found.sha256() != changed.sha256()
+
+
+def test_a_units_name_finds_its_newest_export_or_run(model, image_set, tmp_path):
+    with pytest.raises(core.InputError, match="day04_cnn has neither an export nor a run"):
+        target.find("day04_cnn", tmp_path / "exports", tmp_path / "runs")
+    folder = tmp_path / "runs" / "day04_cnn" / "cpu-s0"
+    folder.mkdir(parents=True)
+    model.save(folder / "best.keras")
+    (folder / "result.json").write_text(json.dumps({"data": {"name": "cifar10"}}))
+    found = target.find("day04", tmp_path / "exports", tmp_path / "runs")
+    assert (found.name, found.data, found.source) == ("day04_cnn", "cifar10", folder / "best.keras")
+    model.save(folder / "second.keras")
+    with pytest.raises(core.InputError, match=r"several models: name one of .*best.keras, .*second.keras"):
+        target.find("day04_cnn", tmp_path / "exports", tmp_path / "runs")
+    export.image_classifier(model, "day04_cnn", image_set, tmp_path / "exports")
+    assert target.find("course.day04_cnn", tmp_path / "exports").data == "thirds"
+
+
+def test_layers_of_a_unit_are_found_without_importing_it_first(tmp_path):
+    config = '{"module": "course.day21_capsnet", "registered_name": "course.day21>DigitCapsules"}'
+    assert target._modules(config) == {"course.day21_capsnet"}
+    run_as_main = '{"module": "__main__", "registered_name": "course.day04>PatchConv2D"}'
+    assert target._modules(run_as_main) == {"course.day04_cnn"}
+
+
+@pytest.mark.parametrize(
+    ("what", "match"),
+    [
+        ("nowhere.keras", "is not there"), ("broken.keras", "cannot be read as a Keras model"),
+        ("empty", "holds no exported version"), ("two.keras", "2 inputs"), ("a/b", "neither a .keras file nor a"),
+        ("lite", "holds a compressed file only"), ("no_such_unit", "no_such_unit"),
+    ],
+)  # fmt: skip
+def test_what_is_no_classifier_is_one_line(what, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.keras").write_bytes(b"PK")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "lite" / "3").mkdir(parents=True)
+    one, other = keras.Input((2,)), keras.Input((2,))
+    keras.Model([one, other], layers.Dense(2)(layers.Add()([one, other]))).save(tmp_path / "two.keras")
+    with pytest.raises(core.InputError, match=match):
+        target.find(what)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def test_the_paired_difference_by_hand():
+    reference = np.array([True] * 90 + [False] * 10)
+    right = reference.copy()
+    right[:8], right[90:92] = False, True  # 8 lost, 2 gained
+    found = measure.paired(right, reference)
+    assert (found["gained"], found["lost"]) == (2, 8)
+    assert found["difference"] == pytest.approx(-0.06)
+    # Agresti and Min: n = 102, cells 2.5 and 8.5
+    middle, half = -6 / 102, 1.96 * np.sqrt(11 - 36 / 102) / 102
+    np.testing.assert_allclose(found["difference_interval"], [middle - half, middle + half], rtol=1e-9)
+    assert found["p"] == pytest.approx(2 * (1 + 10 + 45) / 1024)  # of 10 tosses, 2 or fewer on one side
+    same = measure.paired(reference, reference)
+    assert same["p"] == 1 and same["difference"] == 0
+    assert same["difference_interval"][0] < 0 < same["difference_interval"][1]
+
+
+def test_size_and_zeros_are_the_files_own(tmp_path):
+    point = keras.Input((8,))
+    net = keras.Model(point, layers.Dense(6, use_bias=False)(layers.Dense(16, "relu")(point)))
+    kernel, bias, last = net.get_weights()
+    kernel[:, ::2] = 0  # a half of 128
+    net.set_weights([kernel, bias, np.where(np.arange(96).reshape(16, 6) < 24, 0, last)])  # a quarter of 96
+    for kind in ("float", "float16"):
+        path = tmp_path / f"{kind}.tflite"
+        path.write_bytes(lite.convert(net, kind))
+        assert measure.sparsity(path) == pytest.approx((64 + 24) / (128 + 96))
+        assert sorted(w.size for w in measure.weights(path)) == [96, 128]
+        content = path.read_bytes()
+        assert measure.size(path) == {"bytes": len(content), "gzip": len(gzip.compress(content, 9, mtime=0))}
+
+
+def test_memory_is_that_of_a_process_of_its_own(tmp_path):
+    found = {}
+    for units in (8, 1024):
+        point = keras.Input((1024,))
+        net = keras.Model(point, layers.Dense(2)(layers.Dense(units)(point)))
+        (tmp_path / f"{units}.tflite").write_bytes(lite.convert(net, "float"))
+        found[units] = measure.memory(tmp_path / f"{units}.tflite", (1024,))
+    grown = found[1024]["own_mib"] - found[8]["own_mib"]
+    assert 3 < grown < 20  # a matrix of 4 MiB, and XNNPACK's packed copy
+    assert found[8]["peak_mib"] < 150  # no TensorFlow in it
+
+
+def test_latencies_are_of_every_file_and_relative_to_the_first(tmp_path):
+    files = {}
+    for name, units in (("large", 2048), ("small", 4)):
+        point = keras.Input((512,))
+        net = keras.Model(point, layers.Dense(2)(layers.Dense(units)(point)))
+        files[name] = tmp_path / f"{name}.tflite"
+        files[name].write_bytes(lite.convert(net, "float"))
+    found = measure.latencies(files, np.ones((1, 512), "float32"), rounds=4, calls=20, seed=0)
+    for threads in (1, 2):
+        assert found["large"][f"times_faster_{threads}"] == 1
+        low, high = found["small"][f"times_faster_{threads}_range"]
+        assert low <= found["small"][f"times_faster_{threads}"] <= high
+    assert found["small"]["times_faster_1"] > 3  # a million products against two thousand
+    for row in found.values():
+        assert 0 < row["p50_ms_1"] <= row["p90_ms_1"] <= row["p99_ms_1"]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "net.keras"
+    model.save(path)
+    return path
+
+
+QUICK = ["--rounds", "2", "--calls", "5", "--served-seconds", "0", "--epochs", "1", "--student-epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def finished(saved, npz, tmp_path_factory):
+    """A run of some arms of every kind, one of which does not fit the model, and a copy of its record."""
+    folder = tmp_path_factory.mktemp("runs")
+    chosen = ["int8", "pruned int8"]
+    words = ["--preset", "full", "--data", str(npz), "--arms", *chosen, "--runs", str(folder), *QUICK]
+    record = benchmark.main([str(saved), *words, "--record", str(folder / "copy.json")])
+    return folder, record, {row["arm"]: row for row in record["tables"]["arms"]}
+
+
+def test_the_record_says_what_each_file_saves_and_costs(finished, data, model):
+    folder, record, rows = finished
+    assert list(rows) == ["float", "int8", "pruned int8"]
+    first = rows["float"]
+    assert first["accuracy"] == pytest.approx(np.mean(model.predict(data.x_test, verbose=0).argmax(1) == data.y_test))
+    assert first["parity"] < 1e-4 and first["agreement"] == 1  # float32 in another order
+    assert first["difference"] == first["disagreement"] == 0 and first["times_smaller"] == 1
+    for row in rows.values():
+        assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
+        assert row["difference"] == pytest.approx(row["accuracy"] - first["accuracy"])
+        assert row["times_smaller_gzip"] == pytest.approx(first["gzip"] / row["gzip"])
+        assert {"p50_ms_1", "p99_ms_2", "own_mib", "convert_seconds", "gate"} <= row.keys()
+    assert rows["int8"]["bytes"] < first["bytes"]
+    assert rows["pruned int8"]["sparsity"] > 0.7 and rows["pruned int8"]["train_seconds"] > 0
+    assert record["command"].startswith("python -m compression.benchmark ")
+    assert {"hardware", "versions", "seconds", "commit"} <= record.keys()
+    saved = json.loads((folder / "copy.json").read_text())
+    assert [row["arm"] for row in saved["tables"]["arms"]] == list(rows)
+    (figures,) = folder.rglob("figures")
+    assert {path.name for path in figures.iterdir()} == {"pareto_size.png", "pareto_time.png"}
+
+
+def test_every_file_answers_as_its_keras_model_does(finished):
+    _, _, rows = finished
+    for name, row in rows.items():
+        assert row["agreement"] >= (0.99 if row["kind"] in ("float", "saved") else 0.9), name
+
+
+def test_the_gate_is_the_pipelines():
+    """A file that loses more than the limit is not blessed, whatever it saves."""
+    truth = np.arange(200) % 2
+    perfect, worse = np.eye(2)[truth], np.eye(2)[truth].copy()
+    worse[:10] = worse[:10, ::-1]
+    examples = measure.examples(types.SimpleNamespace(x_test=np.zeros((200, 3)), y_test=truth))
+    quality = [pipeline.evaluate(answers, examples, ["a", "b"]) for answers in (perfect, worse)]
+    assert quality[1]["accuracy"] == pytest.approx(0.95)
+    assert pipeline.bless(quality[1], quality[0], max_drop=0.01, max_slice_drop=1)["verdict"] == "NOT_BLESSED"
+    assert pipeline.bless(quality[1], quality[0], max_drop=0.06, max_slice_drop=1)["verdict"] == "BLESSED"
+
+
+def test_classes_in_another_order_are_noticed():
+    right = 90 * np.eye(3, dtype=int) + 5
+    benchmark.check_numbering(right)
+    benchmark.check_numbering(np.ones((3, 3), int))  # knows nothing: no order is better
+    with pytest.raises(core.InputError, match=r"5 % of the answers are right, and 90 % would be .* another order"):
+        benchmark.check_numbering(right[[1, 2, 0]])
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """A policy network of four observations and two actions, exported with the states that it is judged by."""
+    base = tmp_path_factory.mktemp("exports") / "policy"
+    keras.utils.set_random_seed(0)
+    state = keras.Input((4,), name="state")
+    net = keras.Model(state, layers.Dense(2, name="logits")(layers.Dense(32, "relu")(state)))
+    states = np.random.default_rng(0).normal(0, 2, (500, 4)).astype("float32")
+    actions = net.predict(states, verbose=0).argmax(axis=1)
+    content = io.BytesIO()
+    np.savez(content, x_train=states[:300], y_train=actions[:300], x_test=states[300:], y_test=actions[300:],
+             labels=["left", "right"])  # fmt: skip
+    spec = tf.TensorSpec([None, 4], tf.float32, name="state")
+    source = {"unit": "day16_policy", "data": "./states.npz"}
+    export.export(net, base / "1", {"serving_default": (lambda s: {"logits": net(s)}, [spec])},
+                  sample={"serving_default": {"state": states[:1]}}, labels=["left", "right"],
+                  extra={"states.npz": content.getvalue()}, trained_on=source)  # fmt: skip
+    return base
+
+
+def test_an_interrupted_run_goes_on_arm_by_arm(policy, tmp_path, monkeypatch, capsys):
+    words = [str(policy), "--arms", "float", "int8", "--runs", str(tmp_path), *QUICK]
+    made, converting = [], lite.convert
+
+    def convert(model, kind, *rest, **options):
+        made.append(kind)
+        if made == ["float", "int8"]:
+            raise KeyboardInterrupt
+        return converting(model, kind, *rest, **options)
+
+    monkeypatch.setattr(lite, "convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(words)
+    record = benchmark.main(words)
+    assert made == ["float", "int8", "int8"]
+    assert "going on with the interrupted run" in capsys.readouterr().out
+    first, small = record["tables"]["arms"]
+    assert first["accuracy"] == 1 and record["data"]["name"] == "states"  # the labels are its own decisions
+    assert small["disagreement"] < 0.1 and small["disagreement"] == pytest.approx(1 - small["accuracy"])
+    (path,) = tmp_path.rglob("int8.tflite")  # its inputs are no pixels: it takes them as they are
+    assert lite.interpreter(path.read_bytes()).get_input_details()[0]["dtype"] == np.float32
+
+
+def test_a_saved_model_alone_is_converted_but_not_trained_on(model, data, npz, tmp_path, capsys):
+    folder = tmp_path / "bare" / "1"
+    spec = tf.TensorSpec([None, *SHAPE], tf.uint8, name="pixels")
+
+    def call(pixels):
+        probabilities = tf.nn.softmax(model(tf.cast(pixels, tf.float32)))
+        return {"label": tf.gather(LABELS, tf.argmax(probabilities, axis=1)), "probabilities": probabilities}
+
+    sample = {"pixels": {"pixels": data.x_test[:2]}}
+    export.export(model, folder, {"pixels": (call, [spec])}, sample=sample, labels=LABELS)
+    words = ["--preset", "full", "--data", str(npz), "--arms", "float16", "pruned", "--runs", str(tmp_path / "runs")]
+    record = benchmark.main([str(folder), *words, *QUICK])
+    rows = {row["arm"]: row for row in record["tables"]["arms"]}
+    assert "a SavedModel without its Keras model" in rows["pruned"]["why"]
+    assert rows["float16"]["agreement"] > 0.99 and rows["float"]["parity"] < 1e-5
+    model.export(tmp_path / "saved", verbose=False)
+    answers = measure.predict(tmp_path / "saved", data.x_test[:300])
+    np.testing.assert_allclose(answers, model.predict(data.x_test[:300], verbose=0), atol=1e-5)
+    assert measure.size(tmp_path / "saved")["bytes"] > 4 * model.count_params()
+    assert measure.sparsity(tmp_path / "saved") is None
+    assert "pruned: not made: " in capsys.readouterr().out
+
+
+def test_served_files_answer_and_are_timed(finished, data, tmp_path):
+    folder, _, rows = finished
+    (files,) = folder.rglob("files")
+    paths = {benchmark.stem(name): files / row["file"] for name, row in rows.items()}
+    made = measure.versions(paths, tmp_path, data.x_test[:1], data.labels)
+    found = measure.served(made, data.x_test[:1], rounds=1, seconds=0.2, seed=0)
+    assert list(found) == ["float", "int8", "pruned_int8"]
+    for row in found.values():
+        assert 0 < row["served_p50_ms"] <= row["served_p99_ms"]
+
+
+def test_of_several_versions_the_one_that_fails_is_named(monkeypatch):
+    def validate(candidates):
+        reasons = ["bad: answers differently"] if "bad" in candidates else []
+        return {"verdict": "INFRA_NOT_BLESSED" if reasons else "INFRA_BLESSED", "reasons": reasons, "says": ""}
+
+    monkeypatch.setattr(pipeline, "infra_validate", validate)
+    found = measure.infra_validate({"good": "a/1", "bad": "b/1"})
+    assert found["good"] == {"verdict": "INFRA_BLESSED", "reasons": []}
+    assert found["bad"] == {"verdict": "INFRA_NOT_BLESSED", "reasons": ["bad: answers differently"]}
+
+
+@pytest.mark.slow
+def test_every_arm_runs_from_end_to_end(saved, npz, tmp_path):
+    """All, trained for an epoch and served; what a model of two narrow convolutions has no layers for says so."""
+    words = [str(saved), "--preset", "full", "--data", str(npz), "--runs", str(tmp_path), *QUICK]
+    record = benchmark.main([*words, "--served-seconds", "0.1"])
+    rows = {row["arm"]: row for row in record["tables"]["arms"]}
+    assert list(rows) == list(arms.ARMS)
+    made = {name: row for name, row in rows.items() if "why" not in row}
+    assert {name for name in rows if name not in made} == {"filters", "filters int8"}
+    assert "no layer has filters to spare" in rows["filters"]["why"]
+    for name, row in made.items():
+        assert row["infra"] == "INFRA_BLESSED" and row["served_p50_ms"] > 0, name
+        assert row["agreement"] >= (0.99 if row["kind"] in ("float", "saved") else 0.9), name
+    assert rows["student"]["params"] < rows["float"]["params"]
+    assert rows["weights int8"]["sparsity"] is None  # a SavedModel
+
+
+def test_every_arm_is_made_of_known_techniques():
+    for name, arm in arms.ARMS.items():
+        assert set(arm.steps) <= set(arms.TECHNIQUES), name
+        assert arm.kind in (*lite.KINDS, arms.SAVED)
+    stems = [benchmark.stem(name) for name in arms.ARMS]
+    assert len(set(stems)) == len(stems)
+    assert set(benchmark.PRESETS["quick"]["arms"]) == set(arms.POST_TRAINING)
+    assert {arm for arm, *_ in report.TARGETS} <= set(arms.ARMS)
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ([], "say what to compress"), (["MODEL", "--arms", "int9"], "there is no int9"),
+        (["MODEL", "--data", "no_such"], "no data set is called"), (["MODEL"], "give --data"),
+        (["MODEL", "--data", "fashion_mnist_12k"], r"takes \[16, 16, 1\], the data is \[28, 28, 1\]"),
+        (["MODEL", "--preset", "huge"], "--preset huge is not known"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_is_one_line(words, match, saved, tmp_path):
+    words = [str(saved) if word == "MODEL" else word for word in words]
+    with pytest.raises(core.InputError, match=match):
+        benchmark.main([*words, "--runs", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
