@@ -146,9 +146,10 @@ def convert(run, target, data, cfg, name):
             agreed = {"parity": made["toolkit"]["max_difference"], "agreement": made["toolkit"]["agreement"]}
         row = made | {"model": made["file"], "file": path.name, "kind": arm.kind, "steps": list(arm.steps)}
         row |= {"convert_seconds": seconds}
-        if arm.steps[-1:] == ("cluster",) and arm.kind == "float":
-            row["huffman"] = cluster.coded_bytes(model)  # what a reader of our own could make of it
-        return row | measure.size(path) | {"sparsity": measure.sparsity(path)} | agreed
+        if any("cluster" in step for step in arm.steps):  # what a reader of our own could make of it
+            row["huffman"] = cluster.coded_bytes(model) if arm.kind == "float" else measure.huffman(path)
+        weights = measure.stored(model) if arm.kind == arms.SAVED else measure.weights(path)
+        return row | measure.size(path) | {"sparsity": measure.sparsity(weights)} | agreed
 
     return run.once(f"file-{stem(name)}", make)
 
@@ -227,7 +228,11 @@ def time_and_serve(run, data, cfg, rows):
     paths = {name: run.folder / "files" / row["file"] for name, row in rows.items()}
     sample = data.x_test[:1]
     for name in progress(rows, "memory"):
-        rows[name] |= run.once(f"memory-{stem(name)}", lambda name=name: measure.memory(paths[name], sample.shape[1:]))
+
+        def look(path=paths[name]):
+            return measure.memory(path, sample.shape[1:]) | {"xnnpack": measure.delegates(path)}
+
+        rows[name] |= run.once(f"memory-{stem(name)}", look)
     times = run.once("latency", lambda: measure.latencies(
         paths, sample, rounds=cfg.rounds, calls=cfg.calls, seed=cfg.seed, track=lambda it: progress(it, "latency")
     ))  # fmt: skip
@@ -268,6 +273,8 @@ def benchmark(run, target, data, cfg, names):
     first = made[ORIGINAL]
     for row in made.values():
         row |= {f"times_smaller{of}": first[key] / row[key] for of, key in (("", "bytes"), ("_gzip", "gzip"))}
+        if "huffman" in row:  # weights against weights
+            row["times_smaller_huffman"] = 4 * first["params"] / row["huffman"]
     listed = list(rows.values())
     run.record["tables"] = {"arms": listed}
     run.record["data"] = data.provenance

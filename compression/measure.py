@@ -80,26 +80,21 @@ def weights(path):
 
 
 def stored(model):
-    """The weights, with two axes or more, of a Keras model that is exported as a SavedModel.
-
-    The SavedModel's own file names its variables by number alone, and packs two int4 weights into a byte; the layers
-    know which are kernels and which are scales, and take the bytes apart.
-    """
-    few = [layer for layer in model._flatten_layers() if getattr(layer, "quantization_mode", None) in ("int8", "int4")]
-    kernels = [getattr(layer, name) for layer in few for name in ("kernel", "embeddings") if hasattr(layer, name)]
-    others = {id(weight) for layer in few if layer is not model for weight in layer.weights}
-    kernels += [weight for weight in model.weights if len(weight.shape) > 1 and id(weight) not in others]
-    return [np.asarray(kernel) for kernel in kernels]
+    """The weights, with two axes or more, of a Keras model that is exported as a SavedModel, whose own file names its
+    variables by number alone.  None of an int4 one: each block stores its zeros as another number, its zero point."""
+    if any(getattr(layer, "quantization_mode", None) == "int4" for layer in model._flatten_layers()):
+        return []
+    return [np.asarray(w) for w in model.weights if len(w.shape) > 1 and not w.name.endswith("_scale")]
 
 
 def sparsity(weights):
-    """Share of zeros among arrays of weights: those of `weights` or `stored`."""
-    return float(sum((w == 0).sum() for w in weights) / max(1, sum(w.size for w in weights)))
+    """Share of zeros among arrays of weights, those of `weights` or `stored`; None where there are none."""
+    return float(sum((w == 0).sum() for w in weights) / sum(w.size for w in weights)) if weights else None
 
 
 def huffman(path):
-    """Bytes of what a .tflite file holds, its int8 kernels in Huffman's code: with their scales, and with the biases
-    as they are; the operations, of which a network of many small layers has more than weights, are not in it."""
+    """Bytes of the constants of a .tflite file with its int8 kernels in Huffman's code (`cluster.coded`), their scales
+    and all other constants as they are; what describes the operations is not counted."""
     from compression import cluster
 
     found = 0
@@ -232,8 +227,8 @@ def _silent():
 
 
 def latencies(files, sample, *, rounds, calls, seed, track=iter):
-    """Milliseconds of one input through every file (name -> path): {name: {"p50_ms_1", "p90_ms_1", "p95_ms_1", "p99_ms_1",
-    ...}}, for one thread and for two; the first file is the one the others are compared with.
+    """Milliseconds of one input through every file (name -> path): {name: {"p50_ms_1", "p90_ms_1", ...}}, the
+    `PERCENTILES` for one thread and for two; the first file is the one the others are compared with.
 
     A process for each number of threads holds all files.  They are asked in turns of `calls` calls, in another order
     every round, so that a busy spell of the machine meets them all; percentiles are of all calls.  "times_faster_1" is

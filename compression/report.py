@@ -1,7 +1,21 @@
-"""What comes out of the compression benchmark: the headline, the targets, the Pareto figures, the tables."""
+"""What comes out of the compression benchmark: the headline, the targets, the Pareto figures, the tables.
 
-from course.core import bounds
+python -m compression.report readme            tables of the committed records into compression/README.md
+python -m compression.report readme --check    change nothing; exit status 1 where they are not those in it
+"""
 
+import collections
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from course.core import InputError, bounds, cli, files, flags
+
+FOLDER = Path(__file__).parent
+MARKS = "<!-- results:begin -->", "<!-- results:end -->"
 ORIGINAL = "float"  # the arm that the others are held against
 
 # arm, what, figure of its row, bound, points of accuracy that it may lose; for the CIFAR-10 convnet
@@ -57,6 +71,20 @@ def draw(run, rows):
         run.figure(f"pareto_{name}", figure)
 
 
+def _shared_out(found):
+    return f"{found['delegated']}/{sum(found['ops'].values())}" if found else ""
+
+
+def _left(made):
+    """What stays on the built-in kernels, in words -> the arms of which that is so."""
+    names = collections.defaultdict(list)
+    for row in made:
+        if row["xnnpack"] and row["xnnpack"]["left"]:
+            counts = row["xnnpack"]["left"].items()
+            names[", ".join(f"{count} {op}" if count > 1 else op for op, count in counts)].append(row["arm"])
+    return names
+
+
 def show(rows, targets):
     """The tables on the terminal; then what could not be made or was refused, and the targets."""
     made = [row for row in rows if "why" not in row]
@@ -74,7 +102,7 @@ def show(rows, targets):
         for row in made
     ]
     bounds.table("what the files answer on the test part", columns, lines)
-    columns = ("arm", "kB", "gzip", "x smaller", "gzip", "zeros", "parity", "equal", "train s", "convert")
+    columns = ("arm", "kB", "gzip", "x smaller", "gzip", "Huffman", "zeros")
     lines = [
         (
             row["arm"],
@@ -82,16 +110,13 @@ def show(rows, targets):
             f"{row['gzip'] / 1e3:.1f}",
             f"{row['times_smaller']:.2f}",
             f"{row['times_smaller_gzip']:.2f}",
+            f"{row['times_smaller_huffman']:.2f}" if "huffman" in row else "",
             "" if row["sparsity"] is None else f"{100 * row['sparsity']:.0f} %",
-            f"{row['parity']:.1g}",
-            f"{100 * row['agreement']:.1f} %",
-            f"{row['train_seconds']:.0f}",
-            f"{row['convert_seconds']:.1f}",
         )
         for row in made
     ]
-    bounds.table("size, agreement with the file's own Keras model, seconds of making", columns, lines)
-    columns = ("arm", "p50", "p90", "p99", "x faster", "2 threads", "p99", "x faster", "served", "MiB")
+    bounds.table("size; how much smaller the file is, packed, and the weights alone in Huffman's code", columns, lines)
+    columns = ("arm", "p50", "p90", "p99", "x faster", "2 threads", "p99", "x faster", "served")
     lines = [
         (
             row["arm"],
@@ -101,11 +126,27 @@ def show(rows, targets):
                 for key in (*(f"p{q}_ms_{threads}" for q in (50, 90, 99)[::threads]), f"times_faster_{threads}")
             ),
             f"{row['served_p50_ms']:.2f}" if "served_p50_ms" in row else "",
-            f"{row['own_mib']:.1f}",
         )
         for row in made
     ]
-    bounds.table("one input: milliseconds; peak memory above the runtime's", columns, lines)
+    bounds.table("one input, milliseconds", columns, lines)
+    columns = ("arm", "parity", "equal", "train s", "convert", "MiB", "XNNPACK")
+    lines = [
+        (
+            row["arm"],
+            f"{row['parity']:.1g}",
+            f"{100 * row['agreement']:.1f} %",
+            f"{row['train_seconds']:.0f}",
+            f"{row['convert_seconds']:.1f}",
+            f"{row['own_mib']:.1f}",
+            _shared_out(row["xnnpack"]),
+        )
+        for row in made
+    ]
+    title = "agreement with the file's own Keras model, seconds of making, memory, operations that XNNPACK runs"
+    bounds.table(title, columns, lines)
+    for left, names in _left(made).items():
+        print(f"not on XNNPACK: {left} ({', '.join(names)})")
     for row in rows:
         reasons = [row["why"]] if "why" in row else row["reasons"] + row.get("infra_reasons", [])
         if reasons:
@@ -117,3 +158,101 @@ def show(rows, targets):
              f">= {row['allowed']:g}", "met" if row["met"] else "MISSED") for row in targets
         ]  # fmt: skip
         bounds.table("targets", ("arm", "what", "measured", "bound", "points", "allowed", ""), lines)
+
+
+# --- the README -------------------------------------------------------------------------------------------------------
+
+SHOWN = (
+    *(ORIGINAL, "float16", "dynamic", "int8", "aware int8", "pruned", "pruned int8", "2:4 int8", "filters int8"),
+    *("clustered", "pruned clustered", "pruned clustered int8", "pruned clustered aware int8", "student"),
+    *("student int8", "student pruned int8", "student alone", "tfmot combined int8", "weights int8", "weights int4"),
+)
+TARGETED = "cifar10"  # the data set whose convnet has targets
+
+
+def markdown(records):
+    """Records of the benchmark as the tables of a README: one a model, of the arms in `SHOWN` that were asked for."""
+    return "\n\n".join(map(_section, records)) if records else "Nothing is recorded yet."
+
+
+def _section(record):
+    data, hardware = record["data"], record["hardware"]
+    rows = {row["arm"]: row for row in record["tables"]["arms"]}
+    listed = [rows[name] for name in SHOWN if name in rows]
+    lines = [
+        f"### {record['target']['name']}",
+        "",
+        f"{rows[ORIGINAL]['params']:,} parameters; {data['name']}, {data['test']:,} test inputs;",
+        f"{hardware['cpu']}, one of {hardware['cores']} cores. `{record['command']}`",
+        "",
+        "| arm | accuracy, % | less float (95 %) | kB / gzip | x smaller / gzip | x faster | ms | served, ms | gate |",
+        "|---" * 9 + "|",
+        *(_line(row) for row in listed if "why" not in row),
+    ]
+    if failed := [row for row in listed if "why" in row]:
+        lines += ["", *(f"Not made: {row['arm']}: {row['why'].rstrip('.')}." for row in failed)]
+    if data["name"] == TARGETED and record["targets"]:
+        lines += ["", "| target | of what | measured | bound | points | allowed | |", "|---" * 7 + "|"]
+        lines += map(_target, record["targets"])
+    return "\n".join(lines)
+
+
+def _line(row):
+    low, high = (100 * end for end in row["difference_interval"])
+    cells = (
+        row["arm"],
+        f"{100 * row['accuracy']:.2f}",
+        f"{100 * row['difference']:+.2f} ({low:+.2f} to {high:+.2f})",
+        f"{row['bytes'] / 1e3:,.1f} / {row['gzip'] / 1e3:,.1f}",
+        f"{row['times_smaller']:.2f} / {row['times_smaller_gzip']:.2f}",
+        f"{row['times_faster_1']:.2f}",
+        f"{row['p50_ms_1']:.3f}",
+        f"{row['served_p50_ms']:.2f}" if "served_p50_ms" in row else "",
+        "blessed" if blessed(row) else "refused",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _target(row):
+    cells = (row["arm"], row["what"], f"{row['value']:.2f}", f">= {row['bound']:g}", f"{row['points']:+.2f}",
+             f">= {row['allowed']:g}", "met" if row["met"] else "**missed**")  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def readme_text(text, folder=None):
+    """`text` with what stands between its `MARKS` written anew from the records in `folder`."""
+    begin, end = MARKS
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise InputError(f"the README has no line {begin} followed by {end}: put them in")
+    folder = folder or FOLDER / "results"
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return f"{head}{begin}\n{markdown(records)}\n{end}{tail}"
+
+
+@dataclasses.dataclass
+class Command:
+    """Write the tables of the committed records into compression/README.md."""
+
+    what: Annotated[Literal["readme"], tyro.conf.Positional]
+    check: bool = False  # change nothing; exit with status 1 where the README is stale
+
+
+def main(argv):
+    """Write or check the README's tables."""
+    command = flags.read(Command(tyro.MISSING), argv, prog="python -m compression.report", description=Command.__doc__)
+    path = FOLDER / "README.md"
+    text = path.read_text() if path.is_file() else ""
+    fresh = readme_text(text)
+    if command.check:
+        if fresh != text:
+            print("compression/README.md is stale: run python -m compression.report readme")
+            raise SystemExit(1)
+    elif fresh != text:
+        files.write_atomic(path, fresh)
+        print("compression/README.md written")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -201,7 +201,7 @@ def compress(cfg, folder, classifier, data):
     return dict(rows=rows, best=best, smaller=smaller, confusion=tested["float"]["confusion"], says=says)
 
 
-def write_candidate(folder, bases, classifier, content, data, notes):
+def write_candidate(folder, bases, classifier, content, data, kept):
     """Write the version to be judged, float and compressed, under one number: the second it was made."""
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier or a killed run
     names, number = [*bases], pipeline.next_version(bases.values())
@@ -209,7 +209,7 @@ def write_candidate(folder, bases, classifier, content, data, notes):
     pixels = pictures.pixels(data.test, data.shape, count=4)
     sample = {"serving_default": {"image_bytes": files}, "pixels": {"pixels": pixels}}
     export.export(classifier, folder / names[0] / number, serve(classifier, data), sample=sample, labels=data.labels,
-                  extra=notes)  # fmt: skip
+                  **kept)  # fmt: skip
     lite.export(content, folder / names[1] / number, pixels.astype("float32"), data.labels)
     return {"version": number, "says": f"version {number}"}
 
@@ -291,12 +291,11 @@ def report(run, data, history, judged, lighter, asked):
                              "compressed_accuracy": rows[lighter["best"]]["accuracy"],
                              "calibration_error": metrics["calibration_error"]}  # fmt: skip
     if asked:
-        answers, title = asked["answers"], f"what version {asked['version']} answered over REST"
+        answers, title, took = asked["answers"], f"what version {asked['version']} answered over REST", asked["latency"]
         captions = [f"{answer['label']} {answer['score']:.2f}" for answer in answers]
         right = [answer["label"] == data.labels[i] for answer, i in zip(answers, data.test.label, strict=False)]
         shown = pictures.pixels(data.test, data.shape, count=len(right))
         run.figure("served", plots.predictions(shown, captions, right, title=title))
-        took = asked["latency"]
         run.record["tables"]["latency"] = [{"route": route} | row for route, row in took.items()]
         run.record["metrics"] |= {f"{way.lower()}_p50_ms": took[f"{way}, file"]["p50_ms"] for way in ("REST", "gRPC")}
 
@@ -318,8 +317,9 @@ def main(argv=None):
         classifier = export.in_float32(keras.models.load_model(run.folder / "classifier.keras", compile=False))
         lighter = step("Compressor", lambda: compress(cfg, run.folder / "lite", classifier, data))
         content, candidate = (run.folder / "lite" / f"{lighter['best']}.tflite").read_bytes(), run.folder / "candidate"
-        notes = pipeline.notes(data.schema, data.training, data.x, lighter["confusion"])
-        made = step("Exporter", lambda: write_candidate(candidate, bases, classifier, content, data, notes))["version"]
+        kept = {"extra": pipeline.notes(data.schema, data.training, data.x, lighter["confusion"])}
+        kept |= {"trained_on": {"unit": UNIT, "data": cfg.data}}
+        made = step("Exporter", lambda: write_candidate(candidate, bases, classifier, content, data, kept))["version"]
         folders = {model: candidate / model / made for model in bases}
         sides = folders[name], bases[name], data.test, data.labels
         judged = step("Evaluator", lambda: pipeline.judge(*sides, **cfg.limits))

@@ -7,6 +7,7 @@ from keras import layers
 from compression.data import Data
 from compression.training import Training
 from course.core import runtime
+from models.convnets import convolution
 
 SHAPE = (8, 8, 3)
 QUICK = Training(epochs=2, batch=16, lr=0.05)  # eight steps of the data below
@@ -25,6 +26,16 @@ def dense(seed=0):
     image = keras.Input(SHAPE)
     x = layers.Dense(16, "relu", name="hidden")(layers.Flatten()(layers.Rescaling(1 / 127.5, -1)(image)))
     return keras.Model(image, layers.Dense(3, name="logits")(x), name="small")
+
+
+def residual(width, dropout=0.0):
+    """What `convnets.small_resnet` is made of, once each: of a training that is short, tracing takes the longest."""
+    image = keras.Input(SHAPE)
+    x = convolution(layers.Normalization(mean=[127.0] * 3, variance=[5000.0] * 3)(image), width)
+    x = layers.MaxPooling2D()(x)
+    x = layers.MaxPooling2D()(layers.Add()([x, convolution(x, width)]))
+    x = layers.Dropout(dropout)(layers.Flatten()(x))
+    return keras.Model(image, layers.Dense(3, name="logits")(x), name="classifier")
 
 
 def randomised(model, seed=0):

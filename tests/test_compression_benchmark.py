@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from compression import arms, benchmark, lite, measure, report, target
+from compression import arms, benchmark, lite, measure, quantize, report, target
 from compression import data as sets
 from compression.training import Training, fit
 from course import core
@@ -250,10 +250,69 @@ def test_size_and_zeros_are_the_files_own(tmp_path):
     for kind in ("float", "float16"):
         path = tmp_path / f"{kind}.tflite"
         path.write_bytes(lite.convert(net, kind))
-        assert measure.sparsity(path) == pytest.approx((64 + 24) / (128 + 96))
+        assert measure.sparsity(measure.weights(path)) == pytest.approx((64 + 24) / (128 + 96))
         assert sorted(w.size for w in measure.weights(path)) == [96, 128]
         content = path.read_bytes()
         assert measure.size(path) == {"bytes": len(content), "gzip": len(gzip.compress(content, 9, mtime=0))}
+
+
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+def test_zeros_of_a_saved_model_are_those_of_its_layers(mode):
+    point = keras.Input((9,))
+    hidden = layers.Dense(16, "relu", name="hidden")(layers.Normalization(mean=np.zeros(9), variance=np.ones(9))(point))
+    net = keras.Model(point, layers.Dense(4, name="logits")(layers.Reshape((16,))(hidden)))
+    for name, gone in (("hidden", 5), ("logits", 3)):
+        kernel = np.where(np.arange(net.get_layer(name).kernel.shape[0])[:, None] < gone, 0, 1.0)
+        net.get_layer(name).kernel.assign(kernel * np.ones(net.get_layer(name).kernel.shape))
+    if mode:
+        net = quantize.weight_only(net, settings=quantize.WeightOnly(mode=mode))
+    if mode == "int4":
+        assert measure.sparsity(measure.stored(net)) is None  # its zeros are stored as other numbers
+        return
+    assert sorted(w.size for w in measure.stored(net)) == [64, 144]
+    assert measure.sparsity(measure.stored(net)) == pytest.approx((5 * 16 + 3 * 4) / (144 + 64))
+
+
+def test_huffmans_code_of_an_int8_file_by_hand(tmp_path):
+    """One Dense layer of 8 x 16 whose weights are 1 and -1: a bit each, 16 bytes."""
+    point = keras.Input((8,))
+    net = keras.Model(point, layers.Dense(16)(point))
+    net.set_weights([np.random.default_rng(0).choice([-1.0, 1.0], (8, 16)), np.ones(16)])
+    path = tmp_path / "int8.tflite"
+    path.write_bytes(lite.convert(net, "int8", np.eye(8), pixels=False))
+    constants = list(measure.constants(path))
+    ((array, scales),) = [pair for pair in constants if pair[0].dtype == np.int8]
+    assert (array.shape, sorted(np.unique(array)), scales) == ((16, 8), [-127, 127], 16)
+    (bias,) = [pair for pair in constants if pair[0].dtype == np.int32 and pair[0].size == 16]
+    coded = 2 + 2 + 16  # two values of a byte, two lengths, 128 bits
+    assert measure.huffman(path) == coded + 4 * 16 + bias[0].nbytes + 4 * bias[1]
+
+
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_what_xnnpack_runs_and_what_it_leaves(kind, tmp_path):
+    """An operation is left where the interpreter itself holds its output: XNNPACK keeps what is between its own."""
+    image = keras.Input(SHAPE)
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3, activation="relu")(layers.Conv2D(4, 3)(image)))
+    order = keras.ops.cast(keras.ops.argsort(x), "float32")  # TOPK_V2: XNNPACK has none
+    path = tmp_path / f"{kind}.tflite"
+    path.write_bytes(lite.convert(keras.Model(image, layers.Dense(3)(order)), kind, pictures(20, 0)[0]))
+    found = measure.delegates(path)
+    assert found["delegated"] + sum(found["left"].values()) == sum(found["ops"].values())
+    assert found["left"].items() >= {("TOPK_V2", 1), ("CAST", 1)}
+    assert not {"CONV_2D", "MEAN", "FULLY_CONNECTED", "DELEGATE"} & found["left"].keys()
+    assert found["ops"]["CONV_2D"] == 2 and "DELEGATE" not in found["ops"]
+    assert ("QUANTIZE" in found["left"]) == (kind == "int8")  # of uint8 pixels to int8
+    runner, hidden = lite.interpreter(path.read_bytes()), 0
+    runner.invoke()
+    for entry in runner._get_ops_details():
+        if entry["op_name"] == "CONV_2D":
+            with pytest.raises(ValueError, match="Tensor data is null"):
+                runner.get_tensor(entry["outputs"][0])
+            hidden += 1
+        if entry["op_name"] in ("TOPK_V2", "CAST"):
+            assert runner.get_tensor(entry["outputs"][0]).size
+    assert hidden == 2
+    assert measure.delegates(tmp_path) is None
 
 
 def test_memory_is_that_of_a_process_of_its_own(tmp_path):
@@ -282,7 +341,7 @@ def test_latencies_are_of_every_file_and_relative_to_the_first(tmp_path):
         assert low <= found["small"][f"times_faster_{threads}"] <= high
     assert found["small"]["times_faster_1"] > 3  # a million products against two thousand
     for row in found.values():
-        assert 0 < row["p50_ms_1"] <= row["p90_ms_1"] <= row["p99_ms_1"]
+        assert 0 < row["p50_ms_1"] <= row["p90_ms_1"] <= row["p95_ms_1"] <= row["p99_ms_1"]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -302,7 +361,7 @@ QUICK = ["--rounds", "2", "--calls", "5", "--served-seconds", "0", "--epochs", "
 def finished(saved, npz, tmp_path_factory):
     """A run of some arms of every kind, one of which does not fit the model, and a copy of its record."""
     folder = tmp_path_factory.mktemp("runs")
-    chosen = ["int8", "pruned int8"]
+    chosen = ["int8", "pruned int8", "clustered", "clustered int8"]
     words = ["--preset", "full", "--data", str(npz), "--arms", *chosen, "--runs", str(folder), *QUICK]
     record = benchmark.main([str(saved), *words, "--record", str(folder / "copy.json")])
     return folder, record, {row["arm"]: row for row in record["tables"]["arms"]}
@@ -310,7 +369,7 @@ def finished(saved, npz, tmp_path_factory):
 
 def test_the_record_says_what_each_file_saves_and_costs(finished, data, model):
     folder, record, rows = finished
-    assert list(rows) == ["float", "int8", "pruned int8"]
+    assert list(rows) == ["float", "int8", "pruned int8", "clustered", "clustered int8"]
     first = rows["float"]
     assert first["accuracy"] == pytest.approx(np.mean(model.predict(data.x_test, verbose=0).argmax(1) == data.y_test))
     assert first["parity"] < 1e-4 and first["agreement"] == 1  # float32 in another order
@@ -319,9 +378,13 @@ def test_the_record_says_what_each_file_saves_and_costs(finished, data, model):
         assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
         assert row["difference"] == pytest.approx(row["accuracy"] - first["accuracy"])
         assert row["times_smaller_gzip"] == pytest.approx(first["gzip"] / row["gzip"])
-        assert {"p50_ms_1", "p99_ms_2", "own_mib", "convert_seconds", "gate"} <= row.keys()
+        assert {"p50_ms_1", "p95_ms_1", "p99_ms_2", "own_mib", "convert_seconds", "gate"} <= row.keys()
+        assert row["xnnpack"]["delegated"] > 0 and row["xnnpack"]["ops"]["CONV_2D"] == 2
     assert rows["int8"]["bytes"] < first["bytes"]
     assert rows["pruned int8"]["sparsity"] > 0.7 and rows["pruned int8"]["train_seconds"] > 0
+    assert {name for name, row in rows.items() if "huffman" in row} == {"clustered", "clustered int8"}
+    assert rows["clustered"]["times_smaller_huffman"] > 5  # 16 values: four bits of 32, and the biases
+    assert 4 < rows["clustered int8"]["times_smaller_huffman"] < rows["clustered"]["times_smaller_huffman"]
     assert record["command"].startswith("python -m compression.benchmark ")
     assert {"hardware", "versions", "seconds", "commit"} <= record.keys()
     saved = json.loads((folder / "copy.json").read_text())
@@ -418,19 +481,18 @@ def test_a_saved_model_alone_is_converted_but_not_trained_on(model, data, npz, t
     answers = measure.predict(tmp_path / "saved", data.x_test[:300])
     np.testing.assert_allclose(answers, model.predict(data.x_test[:300], verbose=0), atol=1e-5)
     assert measure.size(tmp_path / "saved")["bytes"] > 4 * model.count_params()
-    assert measure.sparsity(tmp_path / "saved") is None
     assert "pruned: not made: " in capsys.readouterr().out
 
 
 def test_served_files_answer_and_are_timed(finished, data, tmp_path):
     folder, _, rows = finished
     (files,) = folder.rglob("files")
-    paths = {benchmark.stem(name): files / row["file"] for name, row in rows.items()}
+    paths = {name: files / rows[name]["file"] for name in ("float", "int8")}
     made = measure.versions(paths, tmp_path, data.x_test[:1], data.labels)
     found = measure.served(made, data.x_test[:1], rounds=1, seconds=0.2, seed=0)
-    assert list(found) == ["float", "int8", "pruned_int8"]
+    assert list(found) == ["float", "int8"]
     for row in found.values():
-        assert 0 < row["served_p50_ms"] <= row["served_p99_ms"]
+        assert 0 < row["served_p50_ms"] <= row["served_p95_ms"] <= row["served_p99_ms"]
 
 
 def test_of_several_versions_the_one_that_fails_is_named(monkeypatch):
@@ -458,7 +520,7 @@ def test_every_arm_runs_from_end_to_end(saved, npz, tmp_path):
         assert row["infra"] == "INFRA_BLESSED" and row["served_p50_ms"] > 0, name
         assert row["agreement"] >= (0.99 if row["kind"] in ("float", "saved") else 0.9), name
     assert rows["student"]["params"] < rows["float"]["params"]
-    assert rows["weights int8"]["sparsity"] is None  # a SavedModel
+    assert 0 <= rows["weights int8"]["sparsity"] < 0.5 and rows["weights int8"]["xnnpack"] is None  # a SavedModel
 
 
 def test_every_arm_is_made_of_known_techniques():
@@ -485,3 +547,62 @@ def test_a_wrong_command_is_one_line(words, match, saved, tmp_path):
     with pytest.raises(core.InputError, match=match):
         benchmark.main([*words, "--runs", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+# --- the README ------------------------------------------------------------------------------------------------------
+
+
+def test_the_terminal_shows_every_arm(finished, capsys):
+    _, record, _ = finished
+    made = record["tables"]["arms"]
+    report.show([*made, {"arm": "2:4", "why": "too narrow"}], record["targets"])
+    text = capsys.readouterr().out
+    by_size, by_making = text.partition("size; how")[2].partition("agreement with")[::2]
+    for row in made:
+        size, *_ = [line.split() for line in by_size.splitlines() if line.strip().startswith(row["arm"] + "  ")]
+        if "huffman" in row:
+            assert f"{row['times_smaller_huffman']:.2f}" in size
+        (last,) = [line.split() for line in by_making.splitlines() if line.strip().startswith(row["arm"] + "  ")]
+        assert last[-1] == f"{row['xnnpack']['delegated']}/{sum(row['xnnpack']['ops'].values())}"
+    assert "not on XNNPACK: " in text and "2:4: not made: too narrow" in text
+    assert "…" not in text
+
+
+def test_a_record_is_a_table_of_the_readme(finished, tmp_path):
+    _, record, rows = finished
+    begin, end = report.MARKS
+    text = f"a {begin} old {end} b\n"
+    assert report.readme_text(text, tmp_path) == f"a {begin}\nNothing is recorded yet.\n{end} b\n"
+    (tmp_path / "net.json").write_text(json.dumps(record))
+    shown = report.readme_text(text, tmp_path)
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in shown.splitlines() if line.startswith("| ")}
+    assert list(lines) == ["arm", "float", "int8", "pruned int8", "clustered"]  # of those in report.SHOWN
+    assert f"| {100 * rows['int8']['accuracy']:.2f} | " in lines["int8"] and "target" not in lines
+    assert report.readme_text(shown, tmp_path) == shown
+    record = record | {"data": record["data"] | {"name": report.TARGETED}}
+    record["targets"] = [record["targets"][0] | {"met": False}]
+    assert report.markdown([record]).splitlines()[-1].endswith("| **missed** |")
+    with pytest.raises(core.InputError, match="the README has no line"):
+        report.readme_text("a b", tmp_path)
+
+
+def test_readme_check_tells_drift(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    (tmp_path / "README.md").write_text(" and ".join(report.MARKS))
+    with pytest.raises(SystemExit) as exit:
+        report.main(["readme", "--check"])
+    assert exit.value.code == 1
+    report.main(["readme"])
+    report.main(["readme", "--check"])
+    assert capsys.readouterr().out.splitlines() == [
+        "compression/README.md is stale: run python -m compression.report readme", "compression/README.md written"
+    ]  # fmt: skip
+
+
+def test_the_readme_is_not_stale():
+    text = (report.FOLDER / "README.md").read_text()
+    assert report.readme_text(text) == text, "run python -m compression.report readme"
+
+
+def test_the_arms_of_the_readme_are_there():
+    assert set(report.SHOWN) <= set(arms.ARMS)

@@ -226,23 +226,36 @@ def test_columns_hold_both_models_answers_and_the_hint(teacher, data):
 
 def test_narrowed_keeps_inputs_classes_and_the_datas_moments():
     for build in (small_resnet, quick_resnet):
-        model = build((16, 16, 3), 5, 8, [100.0, 90.0, 80.0], [900.0, 800.0, 700.0])
+        model = build((16, 16, 3), 5, 16, [100.0, 90.0, 80.0], [900.0, 800.0, 700.0])
         small = distill.narrowed(model, 0.5)
         assert (small.input_shape, small.output_shape) == (model.input_shape, model.output_shape)
-        assert small.get_layer(index=2).filters == 4
+        assert small.get_layer(index=2).filters == 8
         assert small.count_params() < 0.35 * model.count_params()
     learned = layers.Normalization(name="moments")
     learned.adapt(np.array([[1.0, 10.0], [3.0, 30.0]], "float32"))
     point = keras.Input((2,))
-    model = keras.Model(point, layers.Dense(3)(layers.Dense(4)(learned(point))))
+    model = keras.Model(point, layers.Dense(3)(layers.Dense(16)(learned(point))))
     small = distill.narrowed(model, 0.5)
     for one, other in zip(small.get_layer("moments").weights, learned.weights, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_taper_narrows_most_where_a_network_is_narrow():
+    model = quick_resnet((16, 16, 3), 5, 32, [100.0] * 3, [900.0] * 3)  # 32, then 64, 128, 128 twice each
+
+    def channels(width, taper):
+        found = distill.narrowed(model, width, taper).layers
+        return [layer.filters for layer in found if isinstance(layer, layers.Conv2D)]
+
+    assert channels(0.5, 0.0) == [16, 32, 32, 64, 64, 64, 64]
+    assert channels(0.5, 1.0) == [8, 16, 16, 64, 64, 64, 64]  # 32 / 8 = 4 is made 8: so many are computed at a time
+    assert channels(0.3, 0.0) == [8, 16, 16, 40, 40, 40, 40]  # 9.6, 19.2, 38.4
+    assert channels(1.0, 0.0) == [32, 64, 64, 128, 128, 128, 128]
+
+
 def test_what_cannot_be_is_refused_in_a_line(teacher, data):
     point = keras.Input((2,))
-    fixed = keras.Model(point, layers.Dense(3)(layers.Flatten()(layers.Reshape((2, 4))(layers.Dense(8)(point)))))
+    fixed = keras.Model(point, layers.Dense(3)(layers.Flatten()(layers.Reshape((2, 8))(layers.Dense(16)(point)))))
     with pytest.raises(core.InputError, match=r"cannot be made narrower layer by layer .*give a student"):
         distill.distill(fixed, data, Distillation(width=0.3))
     other = keras.Sequential([keras.Input((2,)), layers.Dense(4)])

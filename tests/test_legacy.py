@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from pruning_models import QUICK, SHAPE, noise, randomised
+from pruning_models import QUICK, SHAPE, noise, randomised, residual
 
 from compression import legacy, lite, prune
 from compression.legacy import Legacy
@@ -50,7 +50,8 @@ def outputs_agree(made):
 # --- over and back ---------------------------------------------------------------------------------------------------
 
 
-def test_pruning_over_and_back(network, data):
+def test_pruning_over_and_back(data):
+    network = randomised(residual(4))
     before = [np.asarray(weight).copy() for weight in network.weights]
     made = legacy.optimise(network, data, Legacy(sparsity=0.75, training=LITTLE))
     assert outputs_agree(made)

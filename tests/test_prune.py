@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from pruning_models import QUICK, SHAPE, dense, noise
+from pruning_models import QUICK, dense, noise, residual
 
 from compression import prune
 from compression.data import load
@@ -259,7 +259,7 @@ def test_an_interrupted_pruning_ends_as_an_unbroken_one(data, tmp_path, monkeypa
 
 
 def test_two_of_four_holds_through_training(data):
-    model = convnets.small_resnet(SHAPE, 3, 4, mean=[127.0] * 3, variance=[5000.0] * 3)
+    model = residual(4)
     pruned = prune.prune_pattern(model, data, prune.Pattern(keep=("logits",), training=QUICK))
     dense_ones = []
     for name, weight in prune.prunable(pruned).items():
