@@ -16,7 +16,7 @@ from functools import partial
 import keras
 import numpy as np
 
-from compression import arms, benchmark, cluster, lottery, prune, target
+from compression import arms, benchmark, cluster, lottery, prune, report, target
 from compression import data as sets
 from compression.training import Training, fit
 from course import core
@@ -273,19 +273,17 @@ def draw(run, tables, history):
     """Figures beside the benchmark's two Pareto fronts."""
     looks = tables["without training"]
     panels, axes = {}, {}
-    for title, names in (("bits of a weight", ("a scale for a kernel", "a scale for a filter")),
-                         ("% of the weights gone", ("of each kernel", "of all together")),
-                         ("values of a kernel", ("k-means",))):  # fmt: skip
+    for title, names, scale in (("bits of a weight", ("a scale for a kernel", "a scale for a filter"), float),
+                                ("% of the weights gone", ("of each kernel", "of all together"), lambda x: 100 * x),
+                                ("bits of a value's number", ("k-means",), np.log2)):  # fmt: skip
         panels[title] = {name: [100 * row["accuracy"] for row in looks if row["technique"] == name] for name in names}
-        axes |= {name: [row["strength"] * (100 if "gone" in title else 1) for row in looks if row["technique"] == name]
-                 for name in names}  # fmt: skip
-    run.figure("without_training", core.plots.panels(panels, x=axes, xlabel="", ylim=(0, 100), title="accuracy, %"))
-    layers = dict.fromkeys(row["weight"] for row in tables["sensitivity"])
-    lines = {f"{name.split('/')[0]}": [100 * row["drop"] for row in tables["sensitivity"] if row["weight"] == name]
-             for name in layers}  # fmt: skip
-    shares = sorted({100 * row["sparsity"] for row in tables["sensitivity"]})
-    run.figure("sensitivity", core.plots.curves(lines, x=shares, xlabel="% of this layer's weights gone, no training",
-                                                ylabel="points of accuracy lost"))  # fmt: skip
+        axes |= {name: [scale(row["strength"]) for row in looks if row["technique"] == name] for name in names}
+    run.figure("without_training", core.plots.panels(panels, x=axes, xlabel="", ylim=(0, 100),
+                                                     title="validation accuracy without any training, %"))  # fmt: skip
+    lost = {f"{row['weight'].split('/')[0]}\n{row['size']:,}": 100 * row["drop"] for row in tables["sensitivity"]
+            if row["sparsity"] == 0.8}  # fmt: skip
+    run.figure("sensitivity", core.plots.bars(lost, ylabel="points of accuracy lost", size=(7, 3.4),
+                                              title="80 % of one layer's weights gone, the others whole"))  # fmt: skip
     tries = {arm: [row for row in tables["tickets"] if row["arm"] in (arm, "dense")]
             for arm in ("ticket", "random masks", "random weights")}  # fmt: skip
     lines = {arm: [100 * row["test_accuracy"] for row in rows] for arm, rows in tries.items()}
@@ -321,6 +319,7 @@ def main(argv=None):
         run.record["tables"] |= tables | inside(run, network, data, rows, cfg.looks)
         run.record["metrics"], run.record["history"] = metrics(rows), history
         draw(run, tables, history)
+    report.show(rows, run.record["targets"])
     core.export.image_classifier(network, "day22_compression", found, cfg.exports)
     return run.record
 

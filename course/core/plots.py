@@ -44,6 +44,12 @@ def _lines(axes, series, x):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+def _plain_numbers(axis):
+    """Label a logarithmic axis with plain numbers, those between the powers of ten where it spans no more than one."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.7)))
+
+
 def curves(series, *, title="", xlabel="epoch", ylabel="", x=None, yscale="linear", xscale="linear", size=(5.4, 3.4)):
     """Lines over a common axis.
 
@@ -53,6 +59,8 @@ def curves(series, *, title="", xlabel="epoch", ylabel="", x=None, yscale="linea
     figure, axes = plt.subplots(figsize=size)
     _lines(axes, series, x)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale=yscale, xscale=xscale)
+    if xscale == "log":
+        _plain_numbers(axes.xaxis)
     axes.legend()
     return figure
 
@@ -67,9 +75,8 @@ def panels(groups, *, title="", xlabel="epoch", size=(3.6, 2.9), x=None, legend=
     for axis, (name, series) in zip(axes[0], groups.items(), strict=True):
         _lines(axis, series, x)
         axis.set(title=name, xlabel=xlabel, **options)
-        if options.get("yscale") == "log":  # numbers between the powers of ten, where a panel spans no more than one
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+        if options.get("yscale") == "log":
+            _plain_numbers(axis.yaxis)
         if legend == "each":
             axis.legend()
     if legend == "side":
@@ -175,6 +182,8 @@ def pareto(points, *, xlabel, ylabel, title="", xscale="log", numbered=False):
         axes.scatter(cost, value, zorder=2, label=f"{i}  {name}", **colour)
         axes.annotate(i if numbered else name, (cost, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale=xscale)
+    if xscale == "log":
+        _plain_numbers(axes.xaxis)
     axes.margins(x=0.18, y=0.15)
     if numbered:
         listed = figure.legend(loc="outside right center", fontsize=8)
