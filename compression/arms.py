@@ -10,7 +10,7 @@ import numpy as np
 
 from compression import cluster, legacy, prune, quantize, structured
 from compression.distill import Distillation, distill
-from compression.training import Training
+from compression.training import Training, fit
 from course.core.errors import InputError
 
 SAVED = "saved"  # the kind of arms that LiteRT cannot hold
@@ -32,9 +32,19 @@ def trained_on(cfg):
     return Training(epochs=cfg.epochs, batch=cfg.batch, lr=cfg.lr, flip=cfg.flip, shift=cfg.shift, seed=cfg.seed)
 
 
-def _prune(model, data, cfg, checkpoint):
-    settings = prune.Pruning(sparsity=cfg.sparsity, scope="global", training=trained_on(cfg))
-    return prune.prune(model, data, settings, checkpoint)
+def _train(model, data, cfg, checkpoint):
+    """Nothing but the epochs that the other techniques get as well: what they are to be held against."""
+    copy = prune.copy_of(model)
+    fit(copy, data, trained_on(cfg), checkpoint=checkpoint, label="training on")
+    return copy
+
+
+def _prune(**how):
+    def technique(model, data, cfg, checkpoint):
+        settings = prune.Pruning(**{"sparsity": cfg.sparsity, "scope": "global", "training": trained_on(cfg)} | how)
+        return prune.prune(model, data, settings, checkpoint)
+
+    return technique
 
 
 def _pattern(model, data, cfg, checkpoint):
@@ -68,7 +78,8 @@ def _weight_only(mode):
 
 def _student(hard):
     def technique(model, data, cfg, checkpoint):
-        training = dataclasses.replace(trained_on(cfg), epochs=cfg.student_epochs, lr=cfg.student_lr)
+        recipe = {"epochs": cfg.student_epochs, "lr": cfg.student_lr, "weight_decay": cfg.student_weight_decay}
+        training = dataclasses.replace(trained_on(cfg), warm_up=0.2, **recipe)  # from nothing: not as in training on
         settings = Distillation(cfg.width, cfg.taper, cfg.temperature, hard, seed=cfg.seed, training=training)
         return distill(model, data, settings, checkpoint=checkpoint)
 
@@ -80,14 +91,19 @@ def _toolkit(technique, **kept):
         training = trained_on(cfg)
         if technique == "quantise":
             training = dataclasses.replace(training, lr=cfg.aware_lr, weight_decay=0.0)
-        settings = legacy.Legacy(technique, cfg.sparsity, cfg.clusters, training=training, **kept)
+        pixels = data.x_train.dtype == np.uint8
+        settings = legacy.Legacy(technique, cfg.sparsity, cfg.clusters, training=training, pixels=pixels, **kept)
         return legacy.optimise(model, data, settings)
 
     return run
 
 
 TECHNIQUES = {
-    "prune": _prune,
+    "train": _train,
+    "fold": lambda model, data, cfg, checkpoint: quantize.fold(model),
+    "prune": _prune(),  # the smallest of all layers together, ever more of them
+    "prune by layer": _prune(scope="layer"),
+    "prune at once": _prune(schedule="constant"),
     "2:4": _pattern,
     "filters": _filters,
     "cluster": _cluster,
@@ -114,8 +130,13 @@ POST_TRAINING = {
     "int8": Arm(kind="int8"),
 }
 ARMS = POST_TRAINING | {
+    "trained on": Arm(("train",)),
+    "folded": Arm(("fold",)),  # normalisation in the weights, which LiteRT does only right behind a convolution
+    "folded int8": Arm(("fold",), "int8"),  # what training that is aware of the rounding is to be held against
     "aware int8": Arm(("aware",), "int8"),
     "pruned": Arm(("prune",)),
+    "pruned at once": Arm(("prune at once",)),
+    "pruned by layer int8": Arm(("prune by layer",), "int8"),  # as the toolkit prunes
     "pruned int8": Arm(("prune",), "int8"),
     "pruned aware int8": Arm(("prune", "aware, zeros kept"), "int8"),
     "2:4": Arm(("2:4",)),

@@ -10,12 +10,17 @@ runs/compression/<model>/.
 """
 
 import dataclasses
+import json
+import math
+import os
 import shlex
 import shutil
 import sys
 import time
+import traceback
 
 from compression import report
+from compression.quiet import quiet
 from compression.report import ORIGINAL
 from course import core
 from course.core import bounds
@@ -43,7 +48,8 @@ class Config:
     width: float = 0.5  # student's width over the teacher's, in its widest layer
     taper: float = 1.0  # narrower layers keep less: (own / widest) ** taper of that share
     student_epochs: int = 30  # of distillation, and of the same network without a teacher
-    student_lr: float = 0.1  # highest learning rate of those
+    student_lr: float = 0.2  # highest learning rate of those
+    student_weight_decay: float = 2e-3  # of those; Keras applies it beside the gradient, momentum does not multiply it
     temperature: float = 4.0  # of distillation
     rounds: int = 20  # turns in which every file is timed
     calls: int = 50  # calls of a file in a turn
@@ -59,6 +65,22 @@ PRESETS = {
     "full": {},
 }
 
+# settings -> what they must be; NaN is none of it
+LIMITS = (
+    (("sparsity", "filters"), lambda value: 0 <= value < 1, "a share from 0 to below 1"),
+    (("shift", "max_drop", "max_slice_drop"), lambda value: 0 <= value <= 1, "a share from 0 to 1"),
+    (("width",), lambda value: 0 < value <= 1, "a share above 0, at most 1"),
+    (("clusters",), lambda value: 2 <= value <= 256, "a number from 2 to 256"),  # their numbers are coded as bytes
+    (("temperature",), lambda value: 0 < value < math.inf, "a number above 0"),
+    (("representative", "batch", "rounds", "calls"), lambda value: value >= 1, "a number of at least 1"),
+    (
+        (*("limit", "tests", "epochs", "student_epochs", "lr", "aware_lr", "student_lr", "student_weight_decay"),
+         *("taper", "served_seconds")),
+        lambda value: 0 <= value < math.inf,
+        "a number of at least 0",
+    ),
+)  # fmt: skip
+
 
 # --- making -----------------------------------------------------------------------------------------------------------
 
@@ -66,7 +88,8 @@ PRESETS = {
 def build(run, target, data, cfg, steps):
     """The model after a chain of techniques, made once and kept as `models/<chain>.keras`.
 
-    Returns {"file", "train_seconds", "params", "flops"}, or {"why": the line that says why it cannot be made}.
+    Returns {"file", "train_seconds", "params", "flops"}, train_seconds of every sitting.  What a technique raises goes
+    through: `InputError` where it does not apply to the model, anything else where it failed.
     """
     from compression import arms, legacy
     from models import costs
@@ -74,25 +97,23 @@ def build(run, target, data, cfg, steps):
     name = stem("-".join(steps) or "original")
 
     def make():
-        before = build(run, target, data, cfg, steps[:-1]) if steps else None
-        if before and "why" in before:
-            return before
-        start, model = time.perf_counter(), opened(run, target, before)
         if steps and not target.layered:
-            return {"why": f"{target.source} is a SavedModel without its Keras model: it has no layers to train on"}
+            raise core.InputError(f"{target.source} is a SavedModel without its Keras model: no layers to train on")
+        before = build(run, target, data, cfg, steps[:-1]) if steps else None
+        seconds, start, model = 0.0, time.perf_counter(), opened(run, target, before)
         if steps:
+            checkpoint = run.folder / "checkpoints" / name
+            seconds = before["train_seconds"] + earlier(checkpoint)
             core.runtime.seed(cfg.seed)
-            try:
-                model = arms.TECHNIQUES[steps[-1]](model, data, cfg, run.folder / "checkpoints" / name)
-            except (core.InputError, RuntimeError) as error:
-                return {"why": " ".join(str(error).split())}
+            model = arms.TECHNIQUES[steps[-1]](model, data, cfg, checkpoint)
+            seconds += time.perf_counter() - start
         extra = {}
         if isinstance(model, legacy.Made):
             extra, content, model = {"toolkit": model.report}, model.content, model.model
             if content:  # the rounding is in this file alone, not in the model that came back
+                seconds -= extra["toolkit"]["convert_seconds"]
                 extra["content"] = f"{name}.tflite"
                 core.files.write_atomic(run.folder / "models" / extra["content"], content)
-        seconds = time.perf_counter() - start + (before["train_seconds"] if before else 0) if steps else 0.0
         path = run.folder / "models" / f"{name}.keras"
         if target.layered:
             with core.files.atomic_path(path) as temporary:
@@ -106,6 +127,18 @@ def build(run, target, data, cfg, steps):
     return run.once(f"model-{name}", make)
 
 
+def earlier(folder):
+    """Seconds that interrupted sittings spent on the training whose checkpoints lie in `folder`, each up to the last it
+    saved: there the next goes on.  Notes that another sitting begins now."""
+    note, seconds = folder / "sittings.json", 0.0
+    if note.exists():
+        last = json.loads(note.read_text())
+        saved = max((path.stat().st_mtime for path in folder.rglob("state.npz")), default=0.0)
+        seconds = last["seconds"] + max(0.0, saved - last["began"])
+    core.files.write_atomic(note, json.dumps({"seconds": seconds, "began": time.time()}))
+    return seconds
+
+
 def opened(run, target, made):
     """The Keras model of `build`'s answer; None stands for the original."""
     import keras
@@ -116,75 +149,64 @@ def opened(run, target, made):
 
 
 def convert(run, target, data, cfg, name):
-    """The file of an arm, made once; a row of what is known of it so far, or {"why": why there is none}."""
+    """The file of an arm, made once; a row of what is known of it so far.  Raises as `build` does, `InputError` where
+    LiteRT's converter refuses the model, and `RuntimeError` where the file is not its source (`lite.parity`)."""
+    from tensorflow.lite.python.convert_phase import ConverterError
+
     from compression import arms, cluster, lite, measure, quantize
 
     arm = arms.ARMS[name]
 
     def make():
         made = build(run, target, data, cfg, arm.steps)
-        if "why" in made:
-            return made
         model, start = opened(run, target, made), time.perf_counter()
         path = run.folder / "files" / (stem(name) if arm.kind == arms.SAVED else f"{stem(name)}.tflite")
-        try:
-            if arm.kind == arms.SAVED:
-                shutil.rmtree(path, ignore_errors=True)
-                with core.files.atomic_folder(path, last="saved_model.pb") as temporary, quiet():
-                    model.export(temporary, verbose=False)
-            elif "content" in made:
-                core.files.write_atomic(path, (run.folder / "models" / made["content"]).read_bytes())
-            else:
-                pixels = data.x_train.dtype == "uint8"
-                samples = quantize.representative(data, cfg.representative, cfg.seed)
+        if arm.kind == arms.SAVED:
+            shutil.rmtree(path, ignore_errors=True)
+            with core.files.atomic_folder(path, last="saved_model.pb") as temporary, quiet():
+                model.export(temporary, verbose=False)
+        elif "content" in made:
+            core.files.write_atomic(path, (run.folder / "models" / made["content"]).read_bytes())
+        else:
+            pixels = data.x_train.dtype == "uint8"
+            samples = quantize.representative(data, cfg.representative, cfg.seed)
+            try:
                 core.files.write_atomic(path, lite.convert(model, arm.kind, samples, pixels=pixels))
-            seconds = time.perf_counter() - start
-            agreed = check(path, model, data.x_test[:1000])
-        except (core.InputError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            return {"why": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            except ConverterError as error:  # an operation that it does not have
+                raise core.InputError(f"LiteRT's converter refuses it: {one_line(error)}") from error
+        seconds = time.perf_counter() - start
         if "content" in made:  # held against the toolkit's model, which rounds
-            agreed = {"parity": made["toolkit"]["max_difference"], "agreement": made["toolkit"]["agreement"]}
+            seconds, found = made["toolkit"]["convert_seconds"], made["toolkit"]
+        else:
+            found = lite.parity(path, model, data.x_test[:1000], arm.kind)
         row = made | {"model": made["file"], "file": path.name, "kind": arm.kind, "steps": list(arm.steps)}
-        row |= {"convert_seconds": seconds}
+        row |= {"convert_seconds": seconds, "parity": found["max_difference"], "agreement": found["agreement"]}
         if any("cluster" in step for step in arm.steps):  # what a reader of our own could make of it
             row["huffman"] = cluster.coded_bytes(model) if arm.kind == "float" else measure.huffman(path)
         weights = measure.stored(model) if arm.kind == arms.SAVED else measure.weights(path)
-        return row | measure.size(path) | {"sparsity": measure.sparsity(weights)} | agreed
+        return row | measure.size(path) | {"sparsity": measure.sparsity(weights)}
 
     return run.once(f"file-{stem(name)}", make)
 
 
-def check(path, model, inputs):
-    """A file's answers against its Keras model's on real `inputs`: `parity`, the largest difference of the logits, and
-    `agreement`, the share of equal decisions.  A conversion can go wrong without an error: `RuntimeError` where an
-    output is not finite."""
-    import numpy as np
+def attempt(run, target, data, cfg, name):
+    """`convert`'s row, or {"why": one line}: why the technique does not apply to this model or, behind `report.FAILED`,
+    what went wrong.  Neither is kept: the next sitting tries again.  A failure of the original goes through."""
+    try:
+        return convert(run, target, data, cfg, name)
+    except core.InputError as error:
+        why = one_line(error)
+    except Exception as error:  # of whatever kind: the other arms are worth having, and `report.conclude` names it
+        if name == ORIGINAL:
+            raise
+        traceback.print_exception(error)
+        why = f"{report.FAILED}{type(error).__name__}: {one_line(error)}"
+    print(f"{name}: not made: {why}", flush=True)
+    return {"why": why}
 
-    from compression import measure
 
-    ours, theirs = measure.predict(path, inputs), model.predict(inputs, batch_size=250, verbose=0)
-    if not np.isfinite(ours).all():
-        raise RuntimeError(f"{path} gives NaN or infinity: its weights were lost in conversion")
-    return {
-        "parity": float(np.abs(ours - theirs).max()),
-        "agreement": float((ours.argmax(1) == theirs.argmax(1)).mean()),
-    }
-
-
-def check_numbering(confusion):
-    """Raise `InputError` where the classes of the data, in another order, would fit a model's answers far better;
-    confusion [C, C]: rows the true class."""
-    import numpy as np
-    from scipy.optimize import linear_sum_assignment
-
-    confusion = np.array(confusion)
-    best = confusion[linear_sum_assignment(-confusion)].sum() / confusion.sum()
-    found = np.trace(confusion) / confusion.sum()
-    if best > found + 0.2:
-        raise core.InputError(
-            f"{100 * found:.0f} % of the answers are right, and {100 * best:.0f} % would be with the classes in "
-            "another order: give the exported version, which has the labels, or data in the model's order"
-        )
+def one_line(error):
+    return " ".join(str(error).split())[:300]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -211,7 +233,6 @@ def compare(run, data, cfg, rows):
             return {"guess": logits.argmax(axis=1).tolist(), "quality": quality}
 
         found[name] = run.once(f"answers-{stem(name)}", ask)
-    check_numbering(found[ORIGINAL]["quality"]["confusion"])
     first, truth = np.array(found[ORIGINAL]["guess"]), data.y_test
     for name, row in rows.items():
         guess, quality = np.array(found[name]["guess"]), found[name]["quality"]
@@ -222,7 +243,8 @@ def compare(run, data, cfg, rows):
 
 
 def time_and_serve(run, data, cfg, rows):
-    """Latency, memory and the served latency of every file, added to its row."""
+    """Latency, memory and the served latency of every file, added to its row; `run.record["load"]` holds the machine's
+    load averages (of 1, 5 and 15 minutes) before and after the latencies."""
     from compression import measure
 
     paths = {name: run.folder / "files" / row["file"] for name, row in rows.items()}
@@ -233,11 +255,17 @@ def time_and_serve(run, data, cfg, rows):
             return measure.memory(path, sample.shape[1:]) | {"xnnpack": measure.delegates(path)}
 
         rows[name] |= run.once(f"memory-{stem(name)}", look)
-    times = run.once("latency", lambda: measure.latencies(
-        paths, sample, rounds=cfg.rounds, calls=cfg.calls, seed=cfg.seed, track=lambda it: progress(it, "latency")
-    ))  # fmt: skip
+
+    def clock():
+        load = {"before": os.getloadavg()}  # others' work slows ours, and not every file alike
+        times = measure.latencies(paths, sample, rounds=cfg.rounds, calls=cfg.calls, seed=cfg.seed,
+                                  track=lambda it: progress(it, "latency"))  # fmt: skip
+        return {"times": times, "load": load | {"after": os.getloadavg()}}
+
+    timed = run.once("timing", clock)
+    run.record["load"] = timed["load"]
     for name, row in rows.items():
-        row |= times[name]
+        row |= timed["times"][name]
     if not cfg.served_seconds:
         return
 
@@ -258,16 +286,17 @@ def time_and_serve(run, data, cfg, rows):
 
 def benchmark(run, target, data, cfg, names):
     """Run the arms `names` of `arms.ARMS` on a `target` and its `data`; fills `run.record` and returns the rows of the
-    table, those of arms that could not be made with their "why"."""
+    table, those of arms that could not be made with their "why".  Where one failed, the command is to end with
+    `report.conclude(rows)`.  Raises `InputError` where `check_settings` does, or there is no file to compare with."""
+    check_settings(cfg)
+    run.record["target"] = {"name": target.name, "sha256": target.sha256(), "layered": target.layered}
     wanted = [ORIGINAL, *(name for name in names if name != ORIGINAL)]
     rows = {}
     for name in progress(wanted, "making"):
-        rows[name] = {"arm": name} | convert(run, target, data, cfg, name)
-        if "why" in rows[name]:
-            print(f"{name}: not made: {rows[name]['why']}", flush=True)
+        rows[name] = {"arm": name} | attempt(run, target, data, cfg, name)
+        if "why" in rows[ORIGINAL]:
+            raise core.InputError(f"{target.name} cannot be converted to LiteRT: {rows[ORIGINAL]['why']}")
     made = {name: row for name, row in rows.items() if "why" not in row}
-    if ORIGINAL not in made:
-        raise core.InputError(f"{target.name} cannot be converted to LiteRT: {rows[ORIGINAL]['why']}")
     compare(run, data, cfg, made)
     time_and_serve(run, data, cfg, made)
     first = made[ORIGINAL]
@@ -279,7 +308,7 @@ def benchmark(run, target, data, cfg, names):
     run.record["tables"] = {"arms": listed}
     run.record["data"] = data.provenance
     run.record["metrics"] = report.headline(made)
-    run.record["targets"] = report.judged(made)
+    run.record["targets"] = report.judged(rows, data.provenance["name"])
     report.draw(run, made)
     return listed
 
@@ -300,12 +329,30 @@ def progress(items, text):
     return track(items, text, total=len(items), transient=True, console=console, disable=not console.is_terminal)
 
 
-def quiet():
-    """Keep Keras's account of an export off the terminal."""
-    import contextlib
-    import io
+def check_settings(cfg):
+    """Raise `InputError` where a setting can be of no use to any model, before anything is made."""
+    for names, fits, wanted in LIMITS:
+        for name in names:
+            if not fits(getattr(cfg, name)):
+                raise core.InputError(f"{name} is {getattr(cfg, name)}: give {wanted}")
 
-    return contextlib.redirect_stdout(io.StringIO())
+
+def check_numbering(model, data):
+    """Raise `InputError` where the classes of the test part, in another order, would fit the answers of `model` far
+    better."""
+    import numpy as np
+    from scipy.optimize import linear_sum_assignment
+
+    guess = model.predict(data.x_test, batch_size=250, verbose=0).argmax(axis=1)
+    confusion = np.zeros((len(data.labels), len(data.labels)), int)  # rows: the true class
+    np.add.at(confusion, (data.y_test, guess), 1)
+    best = confusion[linear_sum_assignment(-confusion)].sum() / confusion.sum()
+    found = np.trace(confusion) / confusion.sum()
+    if best > found + 0.2:
+        raise core.InputError(
+            f"{100 * found:.0f} % of the answers are right, and {100 * best:.0f} % would be with the classes in "
+            "another order: give the exported version, which has the labels, or data in the model's order"
+        )
 
 
 def prepare(what, cfg, runs):
@@ -323,7 +370,9 @@ def prepare(what, cfg, runs):
         raise core.InputError(f"{found.source} knows {classes} classes, the data has {len(given.labels)}")
     unseen = [str(i) for i in range(len(given.labels), classes)]  # classes that the data has no example of
     given = dataclasses.replace(given, labels=[*given.labels, *unseen])
-    return found, data.part(given, "test", cfg.tests, cfg.seed)
+    given = data.part(given, "test", cfg.tests, cfg.seed)
+    check_numbering(found.model, given)
+    return found, given
 
 
 def on_one_device(options):
@@ -351,18 +400,19 @@ def main(argv=None):
 
     if unknown := sorted(set(cfg.arms) - set(arms.ARMS)):
         raise core.InputError(f"--arms: there is no {', '.join(unknown)}: choose from {', '.join(arms.ARMS)}")
+    check_settings(cfg)
     target, data = prepare(what, cfg, options.runs)
     inputs = {"model": target.sha256(), "data": data.provenance}
     typed = shlex.join(["python", "-m", "compression.benchmark", what, *argv])
     with core.run(f"compression/{target.name}", options, cfg, scope=False, inputs=inputs, typed=typed) as run:
-        run.record["target"] = {"name": target.name, "sha256": inputs["model"], "layered": target.layered}
         names = cfg.arms or [name for name, arm in arms.ARMS.items() if target.layered or not arm.steps]
         if not target.layered:
             print(f"{target.source} is a SavedModel without its Keras model: it is converted, and not trained on")
         rows = benchmark(run, target, data, cfg, names)
-        report.show(rows, run.record["targets"])
+        report.show(rows, run.record["targets"], run.record["load"])
     if cfg.record:
         core.files.write_atomic(cfg.record, (run.folder / "result.json").read_text())
+    report.conclude(rows)
     return run.record
 
 

@@ -93,9 +93,13 @@ def k_means(values, centroids, rounds=300):
 def cluster(model, data, settings=None, checkpoint=None):
     """A copy of `model` in which each kernel has at most `settings.clusters` different values, trained on so.
 
-    The members of a cluster are fixed at the start; its value is trained, by the sum of their gradients.  Depthwise
-    kernels, few and each of much weight, stay free, as do biases and normalisation.  data: `compression.data.Data`;
-    checkpoint: a folder from which the same call goes on.  Raises `InputError` where there is nothing to cluster.
+    The members of a cluster are fixed at the start; its value is trained.  Departs: where Han et al. (section 3.3) move
+    it by the sum of its members' gradients, gradient descent moves it here by their mean, because `layers.Computed`
+    trains it times the root of their number; at a rate that suits free weights, the sum would take a step as many times
+    too long.  Depthwise kernels, few and each of much weight, stay free, as do biases and normalisation.
+
+    data: `compression.data.Data`; checkpoint: a folder from which the same call goes on.  Raises `InputError` where
+    there is nothing to cluster.
     """
     settings = settings or Clustering()
     trained = prepare(model, settings)

@@ -31,7 +31,7 @@ def load(name, limit=0, seed=0, *, shape=None, labels=None):
     A named set keeps its test part; a tenth of its training part, from the end and at most 5,000, is for validation,
     as in day 4.  A .npz holds x_train, y_train, x_test, y_test, and may hold x_val, y_val and labels; where it brings
     no validation part, a stratified tenth is drawn; without labels its numbers are the model's.  A folder is split by
-    the pictures' own hashes, as in day 25.
+    the pictures' own hashes, as in day 25; files that cannot be decoded are left out.
 
     limit: training examples kept, of a stratified order fixed by `seed`; 0: all.  shape: (H, W, C) that a folder's
     pictures are fitted to.  labels: the class names in the order of the model's logits; the set's numbers are changed
@@ -54,8 +54,7 @@ def load(name, limit=0, seed=0, *, shape=None, labels=None):
             raise InputError(f"{name} has {most} classes, the model {len(found.labels)}: they do not fit")
     elif labels is not None:
         found = in_order_of(found, labels)
-    counts = {part: len(getattr(found, f"y_{part}")) for part in ("train", "val", "test")}
-    return dataclasses.replace(found, provenance=found.provenance | counts)
+    return _counted(found)
 
 
 def part(data, name, count, seed=0):
@@ -64,7 +63,13 @@ def part(data, name, count, seed=0):
     if not 0 < count < len(x):
         return data
     kept = images.stratified_order(y, seed)[:count]
-    return dataclasses.replace(data, **{f"x_{name}": x[kept], f"y_{name}": y[kept]})
+    return _counted(dataclasses.replace(data, **{f"x_{name}": x[kept], f"y_{name}": y[kept]}))
+
+
+def _counted(data):
+    """`data` whose provenance says how many examples its parts have."""
+    counts = {part: len(getattr(data, f"y_{part}")) for part in ("train", "val", "test")}
+    return dataclasses.replace(data, provenance=data.provenance | counts)
 
 
 def in_order_of(data, labels):
@@ -85,7 +90,7 @@ def of_set(found):
     """`Data` of an `ImageSet`: its test part; of its training part the last tenth, at most 5,000, for validation."""
     held = min(VALIDATION_MOST, round(VALIDATION_SHARE * len(found.x_train)))
     parts = sets.three_way(found, len(found.x_train) - held, held, len(found.x_test))
-    return Data(**vars(parts), labels=list(found.labels), provenance=found.provenance)
+    return _counted(Data(**vars(parts), labels=list(found.labels), provenance=found.provenance))
 
 
 def _from_npz(path):
@@ -129,9 +134,12 @@ def _from_folder(path, shape):
         raise InputError(f"the pictures in {path} have many sizes: the model's input shape must be known first")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "examples"
-        manifest = pictures.ingest(path, folder, seed=0, val_share=0.05)  # day 25's split: its test stays unseen
+        # day 25's split: its test stays unseen
+        manifest = pictures.ingest(path, folder, seed=0, val_share=0.05, skip_corrupt=True)
         parts = {part: pictures.read(folder, part) for part in pictures.SPLITS}
         arrays = {f"x_{part}": pictures.pixels(examples, shape) for part, examples in parts.items()}
+    if broken := sum(anomaly["anomaly"] == "CORRUPT_IMAGE" for anomaly in manifest["anomalies"]):
+        print(f"{path}: {broken} files that cannot be decoded were left out", flush=True)
     arrays |= {f"y_{part}": examples.label for part, examples in parts.items()}
     own = {"name": path.name, "source": "own folder", "sha256": manifest["sha256"], "licence": "the owner's"}
     return Data(**arrays, labels=manifest["labels"], provenance=own)

@@ -40,24 +40,30 @@ class Legacy:
     clusters: int = 16  # different values in each kernel that cluster leaves
     keep_zeros: bool = False  # cluster, quantise: weights that are zero stay so (with clusters, "PCQAT")
     keep_clusters: bool = False  # quantise: weights that share a value keep sharing it
+    pixels: bool = True  # quantise: inputs are 0..255, each its own quantised value; False: their range is measured
     training: Training = dataclasses.field(default_factory=Training)
 
 
 @dataclasses.dataclass
 class Made:
-    """What the toolkit made of a model."""
+    """What the toolkit made of a model.
+
+    `report` of quantise: max_difference and agreement of the file with the toolkit's model, which rounds, and
+    convert_seconds, how long of the whole the file was made from it.
+    """
 
     model: keras.Model  # with the weights as they came back; of quantise without the rounding: that is in `content`
-    content: bytes | None  # of quantise: the full int8 file, which takes uint8 pixels
-    report: dict  # over, back: largest difference of the copy's outputs; of quantise parity, agreement with the file
+    content: bytes | None  # of quantise: the full int8 file, which takes uint8 pixels, or float32 where they are none
+    report: dict  # over, back: largest difference of the copy's outputs; of quantise more, of the file
 
 
 def optimise(model, data, settings):
     """Run one technique of the toolkit on `model` (functional, its layers in `FIELDS`) -> `Made`; `model` stays.
 
     data: `compression.data.Data`.  quantise changes the network beforehand: what prepares the input becomes a 1 x 1
-    depthwise convolution, because the toolkit rounds no `Normalization`.  Raises `InputError`, one line, where a layer
-    is not known or the toolkit is missing, refuses the network or crashes.
+    depthwise convolution, because the toolkit rounds no `Normalization`.  There is no checkpoint: a call that is
+    interrupted starts over.  Raises `InputError`, one line, where a layer is not known or the toolkit is missing,
+    refuses the network or crashes.
     """
     if settings.technique not in TECHNIQUES:
         raise InputError(f"technique {settings.technique!r} is not known: choose one of {', '.join(TECHNIQUES)}")

@@ -6,6 +6,7 @@ before.npy and after.npy (the network's answers before and after), result.npz (i
 
 import json
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -142,8 +143,9 @@ def quantise(model, data, settings):
     keras = toolkit.quantization.keras
     with keras.quantize_scope():
         quantised = keras.quantize_apply(keras.quantize_annotate_model(model), scheme)
-    _measure(model, quantised, np.asarray(data["x_train"][:EXAMPLES], np.float32))
-    _whole_range(quantised)
+    x = np.asarray(data["x_train"][:EXAMPLES], np.float32)
+    _measure(model, quantised, x)
+    _input_range(quantised, *((0.0, 255.0) if settings["pixels"] else (x.min(), x.max())))
     for layer in model.layers:
         if not layer.trainable:  # the wrapper has taken the kernel out of the layer, and trains it whatever is said
             wrapper = quantised.get_layer(f"quant_{layer.name}")
@@ -151,7 +153,8 @@ def quantise(model, data, settings):
             wrapper._non_trainable_weights += wrapper._trainable_weights
             wrapper._trainable_weights = []
     train(quantised, data, settings["training"])
-    _whole_range(quantised)
+    if settings["pixels"]:  # rounding in the augmentation may have widened it
+        _input_range(quantised, 0.0, 255.0)
     if settings["keep_clusters"]:
         quantised = combine.strip_clustering_cqat(quantised)
     return quantised
@@ -175,13 +178,17 @@ def _measure(model, quantised, x):
                 weight.assign(max(float(values.max()), 0.0))
 
 
-def _whole_range(model):
-    """Round the input to 0..255: a pixel is then its own quantised value, as in the files of `lite.convert`."""
+def _input_range(model, low, high):
+    """Round the input to `low`..`high`, 0 included.
+
+    At 0..255 a pixel is its own quantised value, as in the files of `lite.convert`.  Another range grows in training
+    with what it meets.
+    """
     for weight in model.layers[1].weights:
         if weight.name.endswith("_min:0"):
-            weight.assign(0.0)
+            weight.assign(min(float(low), 0.0))
         elif weight.name.endswith("_max:0"):
-            weight.assign(255.0)
+            weight.assign(max(float(high), 0.0))
 
 
 def main(folder):
@@ -204,8 +211,9 @@ def main(folder):
     if settings["technique"] == "quantise":
         from compression import lite
 
-        content = lite.convert(made, "int8", x[:10])
-        report = lite.parity(content, made, x)
+        start = time.perf_counter()
+        content = lite.convert(made, "int8", x[:10], pixels=settings["pixels"])
+        report = {"convert_seconds": time.perf_counter() - start} | lite.parity(content, made, x)
         (folder / "model.tflite").write_bytes(content)
     back = [_weights(made, step["name"], names[step["name"]]) for step in request["steps"][1:]]
     np.savez(folder / "result.npz", **{f"{i}/{j}": array for i, own in enumerate(back) for j, array in enumerate(own)})

@@ -4,14 +4,11 @@ Sources: Jacob et al. 2018, "Quantization and Training of Neural Networks for Ef
 Inference" (affine quantisation, eq. 1); the LiteRT converter's post-training modes.
 """
 
-import contextlib
-import io
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from compression.quiet import quiet
 from course.core import files
 from course.core.export import request, write_sample
 from course.core.timing import time_calls
@@ -25,8 +22,9 @@ def convert(model, kind, representative=None, pixels=True):
     float:   float32 weights and arithmetic.          float16: float16 weights, float32 arithmetic.
     dynamic: int8 weights, activations quantised as they come (no data needed).
     int8:    int8 weights (per channel) and activations, whose ranges are measured on `representative` [N, ...] (a few
-             hundred real pictures, 0..255); the file takes uint8 pixels as they are and gives float32.  Inputs that are
-             no `pixels` it takes as float32, and rounds them itself.
+             hundred real pictures, 0..255); the file takes uint8 pixels as they are and gives float32: so that the
+             input's range is all of 0..255, a copy of the first picture goes first, its first number 0 and its last
+             255.  Inputs that are no `pixels` the file takes as float32, and rounds them itself.
     """
     import tensorflow as tf
 
@@ -41,41 +39,25 @@ def convert(model, kind, representative=None, pixels=True):
         if representative is None or not len(representative):
             raise ValueError("full int8 needs representative inputs to measure the activations' ranges on")
         samples = np.asarray(representative, "float32")
-        if pixels:  # all of 0..255: the input's scale is then 1
-            whole = np.linspace(0, 255, samples[0].size, dtype="float32").reshape(samples[:1].shape)
+        if pixels:  # the input's scale is then 1; inside, the ranges are those of a real picture
+            whole = samples[:1].copy()
+            whole.flat[0], whole.flat[-1] = 0, 255
             samples = np.concatenate([whole, samples])
             converter.inference_input_type = tf.uint8
         converter.representative_dataset = lambda: ([row[None]] for row in samples)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-    with _quiet():
+    with quiet():
         content = converter.convert()
     if kind == "int8" and pixels and interpreter(content).get_input_details()[0]["quantization"] != (1.0, 0):
         raise RuntimeError("a pixel would not be its own quantised value: what clients send would be misread")
     return content
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Keep the converter's chatter, C++ and Python, off the terminal; C++'s comes out where the conversion fails."""
-    original = os.dup(2)
-    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(original, held.read())
-            raise
-        finally:
-            os.dup2(original, 2)
-            os.close(original)
-
-
 def interpreter(content, batch=None, threads=1):
     """An allocated LiteRT interpreter for a file's bytes, its batch dimension set to `batch` where given."""
     from ai_edge_litert.interpreter import Interpreter
 
-    with _quiet():
+    with quiet():
         runner = Interpreter(model_content=content, num_threads=threads)
         runner.allocate_tensors()
     if batch is not None:
@@ -117,19 +99,36 @@ def latency(content, sample, calls=200, threads=1):
     return time_calls(lambda: run(runner, sample), calls)
 
 
-def parity(content, model, inputs):
+def parity(file, model, inputs, kind=""):
     """How far a file is from its source: the largest difference of outputs on real `inputs`, and the share of equal
-    decisions (argmax).  A conversion can go wrong without an error (weights lost, outputs NaN); raises `RuntimeError`
-    where an output is not finite."""
-    ours, theirs = predict(content, inputs), model.predict(inputs, verbose=0, batch_size=256)
+    decisions (argmax).
+
+    file: the bytes of a .tflite file, or the path of one or of a SavedModel's folder.  A conversion can go wrong
+    without an error (weights lost, outputs NaN): raises `RuntimeError` where an output is not finite and, of the kinds
+    that do not round, where the outputs are not the source's: "float" and "saved" may differ by a thousandth of the
+    largest output (1e-4 where that is more), "float16" may decide otherwise on one input in a hundred (one in any
+    case).  Other kinds round, each network otherwise: they have no bound.
+    """
+    if isinstance(file, bytes):
+        named, ours = "the converted model", predict(file, inputs)
+    else:
+        from compression import measure
+
+        named, ours = str(file), measure.predict(file, inputs)
+    theirs = model.predict(inputs, verbose=0, batch_size=256)
     if isinstance(theirs, dict):  # a model that names its output
         (theirs,) = theirs.values()
     if not np.isfinite(ours).all():
-        raise RuntimeError("the converted model gives NaN or infinity: its weights were lost in conversion")
-    return {
-        "max_difference": float(np.abs(ours - theirs).max()),
-        "agreement": float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
-    }
+        raise RuntimeError(f"{named} gives NaN or infinity: its weights were lost in conversion")
+    difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
+    agreed = ours.argmax(-1) == theirs.argmax(-1)
+    if kind in ("float", "saved") and not difference <= max(1e-3 * largest, 1e-4):
+        raise RuntimeError(
+            f"{named} differs from its Keras model by {difference:.2g}, whose largest output is {largest:.2g}"
+        )
+    if kind == "float16" and (~agreed).sum() > max(1, agreed.size / 100):
+        raise RuntimeError(f"{named} decides as its Keras model on {agreed.mean():.2%} of the inputs: 99 % are needed")
+    return {"max_difference": difference, "agreement": float(agreed.mean())}
 
 
 def compare(model, folder, representative, splits):
@@ -144,7 +143,7 @@ def compare(model, folder, representative, splits):
         files.write_atomic(Path(folder) / f"{kind}.tflite", content)
         rows[kind] = {
             "bytes": len(content),
-            "agreement": parity(content, model, inputs[:1000])["agreement"],
+            "agreement": parity(content, model, inputs[:1000], kind)["agreement"],
             "p50_ms": latency(content, inputs[:1])["p50_ms"],
             **{name: predict(content, split) for name, split in splits.items()},
         }

@@ -5,7 +5,7 @@ weights, again and again; section 2 and, for the controls, 4); Frankle et al. 20
 Lottery Ticket Hypothesis" (reset to the weights after a few steps, as larger networks need; section 4).
 
 A ticket is its mask and those weights.  Two controls tell what matters: the same weights under masks drawn at random,
-as sparse in each layer, and the same masks over weights drawn anew.
+as sparse in each layer, and the same masks over weights drawn anew, which have had the same steps of dense training.
 """
 
 import dataclasses
@@ -58,12 +58,12 @@ def fresh(model, seed):
 class Snapshot(keras.callbacks.Callback):
     """`variables`: the weights of `network` after `step` steps, and before that those it began with.
 
-    They are saved and restored with a checkpoint of the training.
+    They are saved and restored with a checkpoint of the training.  last: the training ends with that step.
     """
 
-    def __init__(self, network, step):
+    def __init__(self, network, step, last=False):
         super().__init__()
-        self.network, self.step = network, step
+        self.network, self.step, self.last = network, step, last
         with network.distribute_strategy.scope():
             self.variables = [keras.Variable(weight, dtype=weight.dtype, trainable=False) for weight in network.weights]
 
@@ -78,6 +78,7 @@ class Snapshot(keras.callbacks.Callback):
         if self.epoch * self.params["steps"] + batch + 1 == self.step:
             for variable, weight in zip(self.variables, self.network.weights, strict=True):
                 variable.assign(weight)
+            self.model.stop_training = self.last
 
 
 def train(model, start, masks, data, settings, *, checkpoint=None, label="", callbacks=lambda network: ()):
@@ -94,7 +95,8 @@ def train(model, start, masks, data, settings, *, checkpoint=None, label="", cal
 
 
 def find(model, data, settings, folder=None):
-    """The `Ticket`s of all rounds, the dense network first (Frankle and Carbin 2019, section 2, "strategy 1").
+    """The `Ticket`s of all rounds, the dense network first (Frankle and Carbin 2019, section 2: iterative
+    pruning with resetting).
 
     model: whose layers are used; its learned weights are not.  A round removes `rate` of what is left, by the
     magnitudes at the end of the one before.  Departs: after late rewinding the whole schedule is run again, not what is
@@ -103,7 +105,7 @@ def find(model, data, settings, folder=None):
     if settings.rounds < 0 or settings.rewind < 0 or not 0 < settings.rate < 1:
         raise InputError("a lottery needs rounds >= 0, rewind >= 0 and a rate between 0 and 1")
     drawn, kept = fresh(model, settings.seed), []
-    masks = {name: np.ones(weight.shape, bool) for name, weight in prunable(drawn, settings.keep).items()}
+    masks = whole(drawn, settings.keep)
 
     def remember(network):
         kept.append(Snapshot(network, settings.rewind))
@@ -126,6 +128,11 @@ def _within(folder, name):
     return Path(folder) / name if folder else None
 
 
+def whole(model, keep=()):
+    """Masks, as in `prunable`, that remove nothing."""
+    return {name: np.ones(weight.shape, bool) for name, weight in prunable(model, keep).items()}
+
+
 def share(masks):
     """Share of the weights that masks (name -> bool array) remove."""
     return sum(int((~mask).sum()) for mask in masks.values()) / sum(mask.size for mask in masks.values())
@@ -137,15 +144,33 @@ def shuffled(masks, seed):
     return {name: rng.permuted(mask.ravel()).reshape(mask.shape) for name, mask in masks.items()}
 
 
-def controls(model, ticket, data, settings, folder=None):
+def another_start(model, data, settings):
+    """Weights, in the order of `get_weights`, that differ from a ticket's `start` in their draw alone.
+
+    They are drawn with the next seed and have had the same head start: the first `rewind` steps of the dense training,
+    at its rates, on the same batches.  Those few steps have no checkpoint.
+    """
+    drawn = fresh(model, settings.seed + 1)
+    if not settings.rewind:
+        return drawn.get_weights()
+
+    def stop(network):
+        return [Snapshot(network, settings.rewind, last=True)]
+
+    masks = whole(drawn, settings.keep)
+    return train(drawn, drawn.get_weights(), masks, data, settings, label="head start", callbacks=stop).get_weights()
+
+
+def controls(model, ticket, other, data, settings, folder=None):
     """Name -> network: what the ticket's sparsity comes to without its masks, or without its weights.
 
     random masks: from the ticket's weights, under masks as sparse in each layer.  random weights: under the ticket's
-    masks, from initial weights of another draw (Frankle and Carbin 2019, "random reinit").
+    masks, from `other`, which `another_start` gives (Frankle and Carbin 2019, "random reinit"; there without the head
+    start, for there is no late rewinding).
     """
     arms = {
         "random masks": (ticket.start, shuffled(ticket.masks, settings.seed)),
-        "random weights": (fresh(model, settings.seed + 1).get_weights(), ticket.masks),
+        "random weights": (other, ticket.masks),
     }
     return {name: train(model, start, masks, data, settings, checkpoint=_within(folder, name.replace(" ", "-")),
                         label=name) for name, (start, masks) in arms.items()}  # fmt: skip
@@ -156,18 +181,14 @@ def compare(model, data, settings, folder=None):
 
     Arms: dense; and for each round ticket, random masks, random weights, trained alike.
     """
-    rows = []
-    for turn, ticket in enumerate(find(model, data, settings, folder)):
+    tickets, rows = find(model, data, settings, folder), []
+    other = another_start(model, data, settings) if settings.rounds else None
+    for turn, ticket in enumerate(tickets):
         arms = {"ticket" if turn else "dense": ticket.network}
         if turn:
-            arms |= controls(model, ticket, data, settings, _within(folder, f"controls-{turn}"))
+            arms |= controls(model, ticket, other, data, settings, _within(folder, f"controls-{turn}"))
         rows += [{"round": turn, "sparsity": ticket.sparsity, "arm": name,
                   "val_accuracy": accuracy(network, data.x_val, data.y_val),
                   "test_accuracy": accuracy(network, data.x_test, data.y_test)}
                  for name, network in arms.items()]  # fmt: skip
     return rows
-
-
-def lottery(model, data, settings, checkpoint=None):
-    """The last round's ticket, trained: a sparse network of the same shape, whose weights owe nothing to `model`'s."""
-    return find(model, data, settings, checkpoint)[-1].network

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from compression.quiet import quiet
+
 THREADS = (1, 2)
 PERCENTILES = (50, 90, 95, 99)
 ROOT = Path(__file__).parents[1]
@@ -198,7 +200,7 @@ def caller(path, sample, threads):
 def _timed(files, sample, threads, pipe):
     """In a child: answer (name, calls) on `pipe` with the milliseconds of that many calls of a file."""
     os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(threads)
-    with _silent():
+    with quiet():
         calls = {name: caller(Path(path), sample, threads) for name, path in files.items()}
     pipe.send(None)
     while (asked := pipe.recv()) is not None:
@@ -211,19 +213,6 @@ def _timed(files, sample, threads, pipe):
             calls[name]()
             times[i] = 1e3 * (time.perf_counter() - start)
         pipe.send(times)
-
-
-@contextlib.contextmanager
-def _silent():
-    """Keep what C++ writes on loading a file off the terminal; what fails is an exception all the same."""
-    original, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(original, 2)
-        os.close(original)
-        os.close(nothing)
 
 
 def latencies(files, sample, *, rounds, calls, seed, track=iter):

@@ -211,11 +211,6 @@ class _Masked(keras.constraints.Constraint):
         return ops.where(self.mask, w, ops.zeros_like(w))
 
 
-def zeros(model):
-    """Name -> mask of the weights that are not zero now: `held(model, zeros(model))` trains on and keeps sparsity."""
-    return {name: kernel != 0 for name, kernel in arrays(prunable(model)).items()}
-
-
 class Gradual(keras.callbacks.Callback):
     """Raises the sparsity of `weights` (name -> variable) as `settings` say, by the `masks` that `held` yields.
 
@@ -285,8 +280,9 @@ def prune(model, data, settings, checkpoint=None):
 def prune_pattern(model, data, settings, checkpoint=None):
     """N:M pruning: masks by magnitude, once, then training on under them (Mishra et al. 2021, section 4).
 
-    settings: `Pattern`.  A layer whose input channels are not a multiple of m, such as the first one's three colours,
-    stays dense.
+    Departs: the paper repeats the whole original training under the masks; here `settings.training`, a few epochs at a
+    small rate by default, trains on.  settings: `Pattern`.  A layer whose input channels are not a multiple of m, such
+    as the first one's three colours, stays dense.
     """
     pruned = copy_of(model)
     with held(pruned, patterned(pruned, settings)):
@@ -301,18 +297,6 @@ def sparsity(model):
     """Share of zeros among the prunable weights."""
     kernels = arrays(prunable(model)).values()
     return float(sum((kernel == 0).sum() for kernel in kernels) / sum(kernel.size for kernel in kernels))
-
-
-def table(model):
-    """A row a prunable weight: {weight, shape, size, zeros, sparsity, empty_outputs: outputs with no weight left}."""
-    rows = []
-    for name, kernel in arrays(prunable(model)).items():
-        gone = kernel == 0
-        rows.append({
-            "weight": name, "shape": list(kernel.shape), "size": kernel.size, "zeros": int(gone.sum()),
-            "sparsity": float(gone.mean()), "empty_outputs": int(gone.reshape(-1, kernel.shape[-1]).all(axis=0).sum()),
-        })  # fmt: skip
-    return rows
 
 
 def accuracy(model, x, y, batch=500):

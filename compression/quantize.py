@@ -5,7 +5,8 @@ Inference"; Krishnamoorthi 2018, "Quantizing deep convolutional networks for eff
 trained network, ranges measured beforehand, section 3.2).
 
 `lite.convert` makes the files: float16, dynamic and full int8 after training, and the full int8 file of a model that
-`quantise` has trained, whose numbers are this model's up to a step of the last rounding.
+`quantise` has trained.  Each operation of that file gives the numbers of this model's layers, but that one half-way
+between two may go to the other: one in a thousand, of which the layers behind make more, the deeper the network.
 """
 
 import dataclasses

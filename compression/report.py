@@ -7,6 +7,7 @@ python -m compression.report readme --check    change nothing; exit status 1 whe
 import collections
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,8 +18,11 @@ from course.core import InputError, bounds, cli, files, flags
 FOLDER = Path(__file__).parent
 MARKS = "<!-- results:begin -->", "<!-- results:end -->"
 ORIGINAL = "float"  # the arm that the others are held against
+FAILED = "failed: "  # so begins the "why" of an arm that went wrong, as opposed to one that does not fit the model
+BUSY = 1.5  # load average of the minute before the timing, our own making included, from which it is doubtful
 
-# arm, what, figure of its row, bound, points of accuracy that it may lose; for the CIFAR-10 convnet
+TARGETED = "cifar10"  # the data set that the targets were set for
+# arm, what, figure of its row, bound, points of accuracy that it may lose
 TARGETS = (
     ("int8", "times smaller", "times_smaller", 3.8, 0.5),
     ("int8", "times faster, 1 thread", "times_faster_1", 2.0, 0.5),
@@ -43,14 +47,31 @@ def blessed(row):
     return row["gate"] == "BLESSED" and row.get("infra", "INFRA_BLESSED") == "INFRA_BLESSED"
 
 
-def judged(rows):
-    """The targets, those of arms that were run: each with what was measured and whether it is met."""
-    return [
-        {"arm": arm, "what": what, "value": rows[arm][key], "bound": bound,
-         "points": 100 * rows[arm]["difference"], "allowed": -allowed,
-         "met": rows[arm][key] >= bound and 100 * rows[arm]["difference"] >= -allowed}
-        for arm, what, key, bound, allowed in TARGETS if arm in rows
-    ]  # fmt: skip
+def judged(rows, data):
+    """The targets, those of arms that were asked for: each with what was measured and whether it is met; none where the
+    data set, by name, is another than the one that they were set for.
+
+    rows: arm -> row, those with a "why" too: an arm that could not be made has met nothing, its "value" is None.
+    """
+    return [_judge(rows[arm], *target) for arm, *target in TARGETS if arm in rows] if data == TARGETED else []
+
+
+def _judge(row, what, key, bound, allowed):
+    found = {"arm": row["arm"], "what": what, "bound": bound, "allowed": -allowed}
+    if "why" in row:
+        return found | {"value": None, "points": None, "met": False, "why": row["why"]}
+    points = 100 * row["difference"]
+    return found | {"value": row[key], "points": points, "met": row[key] >= bound and points >= -allowed}
+
+
+def conclude(rows):
+    """End the command with status 1 where an arm failed, naming each that did; one that does not fit the model has not
+    failed."""
+    failed = [row for row in rows if row.get("why", "").startswith(FAILED)]
+    for row in failed:
+        print(f"{row['arm']}: {row['why']}", file=sys.stderr)
+    if failed:
+        raise SystemExit(1)
 
 
 def draw(run, rows):
@@ -85,8 +106,14 @@ def _left(made):
     return names
 
 
-def show(rows, targets):
-    """The tables on the terminal; then what could not be made or was refused, and the targets."""
+def busy(load):
+    """A remark on the machine's `load`, {"before", "after"} the timing; "" where it was not busy, or nobody looked."""
+    before = load["before"][0] if load else 0.0
+    return f"; the machine was busy, its load {before:.1f} beforehand" if before > BUSY else ""
+
+
+def show(rows, targets, load=None):
+    """The tables on the terminal; then what could not be made or was refused, and the targets; `load`: see `busy`."""
     made = [row for row in rows if "why" not in row]
     columns = ("arm", "accuracy %", "less float", "95 % interval", "p", "decides otherwise", "gate")
     lines = [
@@ -129,7 +156,7 @@ def show(rows, targets):
         )
         for row in made
     ]
-    bounds.table("one input, milliseconds", columns, lines)
+    bounds.table(f"one input, milliseconds{busy(load)}", columns, lines)
     columns = ("arm", "parity", "equal", "train s", "convert", "MiB", "XNNPACK")
     lines = [
         (
@@ -153,10 +180,7 @@ def show(rows, targets):
             more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
             print(f"{row['arm']}: {'not made' if 'why' in row else 'refused'}: {reasons[0]}{more}")
     if targets:
-        lines = [
-            (row["arm"], row["what"], f"{row['value']:.2f}", f">= {row['bound']:g}", f"{row['points']:+.2f}",
-             f">= {row['allowed']:g}", "met" if row["met"] else "MISSED") for row in targets
-        ]  # fmt: skip
+        lines = [(*_cells(row), "met" if row["met"] else "MISSED") for row in targets]
         bounds.table("targets", ("arm", "what", "measured", "bound", "points", "allowed", ""), lines)
 
 
@@ -167,7 +191,6 @@ SHOWN = (
     *("clustered", "pruned clustered", "pruned clustered int8", "pruned clustered aware int8", "student"),
     *("student int8", "student pruned int8", "student alone", "tfmot combined int8", "weights int8", "weights int4"),
 )
-TARGETED = "cifar10"  # the data set whose convnet has targets
 
 
 def markdown(records):
@@ -183,7 +206,7 @@ def _section(record):
         f"### {record['target']['name']}",
         "",
         f"{rows[ORIGINAL]['params']:,} parameters; {data['name']}, {data['test']:,} test inputs;",
-        f"{hardware['cpu']}, one of {hardware['cores']} cores. `{record['command']}`",
+        f"{hardware['cpu']}, one of {hardware['cores']} cores{busy(record.get('load'))}. `{record['command']}`",
         "",
         "| arm | accuracy, % | less float (95 %) | kB / gzip | x smaller / gzip | x faster | ms | served, ms | gate |",
         "|---" * 9 + "|",
@@ -191,7 +214,7 @@ def _section(record):
     ]
     if failed := [row for row in listed if "why" in row]:
         lines += ["", *(f"Not made: {row['arm']}: {row['why'].rstrip('.')}." for row in failed)]
-    if data["name"] == TARGETED and record["targets"]:
+    if record["targets"]:
         lines += ["", "| target | of what | measured | bound | points | allowed | |", "|---" * 7 + "|"]
         lines += map(_target, record["targets"])
     return "\n".join(lines)
@@ -214,9 +237,14 @@ def _line(row):
 
 
 def _target(row):
-    cells = (row["arm"], row["what"], f"{row['value']:.2f}", f">= {row['bound']:g}", f"{row['points']:+.2f}",
-             f">= {row['allowed']:g}", "met" if row["met"] else "**missed**")  # fmt: skip
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join((*_cells(row), 'met' if row['met'] else '**missed**'))} |"
+
+
+def _cells(row):
+    """A target as texts: arm, what, measured, bound, points, allowed."""
+    measured = ("not made", "") if row["value"] is None else (f"{row['value']:.2f}", f"{row['points']:+.2f}")
+    value, points = measured
+    return row["arm"], row["what"], value, f">= {row['bound']:g}", points, f">= {row['allowed']:g}"
 
 
 def readme_text(text, folder=None):

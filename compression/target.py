@@ -17,6 +17,8 @@ from course.core.errors import InputError
 from course.core.export import SOURCE, TRAINED_ON
 from serving import pipeline
 
+SMALLEST = 1e-6  # probability that a logarithm is taken of; float16 stores much smaller ones badly
+
 
 @dataclasses.dataclass
 class Target:
@@ -173,7 +175,8 @@ def opaque(version):
     """A SavedModel of whose making nothing is known, as a Keras model of one layer: inputs -> its scores.
 
     Its signature of arrays is taken: `pixels` where it has one, else `serving_default`; of several outputs, the one
-    called `probabilities` or `logits`.
+    called `logits` or `probabilities`, of a single one whatever it is called.  Of probabilities the logarithm is taken:
+    a softmax gives them back.
     """
     import tensorflow as tf
 
@@ -196,14 +199,17 @@ def opaque(version):
 
 
 class _Scores(layers.Layer):
-    """One output of a SavedModel's signature, whose input is cast to its own type."""
+    """Logits of a SavedModel's signature: one of its outputs; its input is cast to the signature's own type."""
 
     def __init__(self, called, output, dtype_in, classes, **kwargs):
         super().__init__(**kwargs)
         self.called, self.output_name, self.dtype_in, self.classes = called, output, dtype_in, classes
 
     def call(self, inputs):
-        return self.called(keras.ops.cast(inputs, self.dtype_in))[self.output_name]
+        scores = self.called(keras.ops.cast(inputs, self.dtype_in))[self.output_name]
+        if self.output_name != "probabilities":
+            return scores
+        return keras.ops.log(keras.ops.maximum(scores, SMALLEST))
 
     def compute_output_shape(self, shape):
         return (shape[0], self.classes)

@@ -6,7 +6,8 @@ Task:      make a trained classifier of 32x32 photographs small and fast, and sa
 Shapes:    kernel [3,3,C,F] -> int8 with F scales | a mask | K values and numbers 0..K-1;  pixels [B,32,32,3] -> [B,10]
 Reference: MobileNet on CIFAR-10, pruned by half and trained with the rounding (PQAT): 0.36 points less at 8 bits
 Run:       python -m course.day22_compression --preset cpu --seed 0     (two hours on two cores, most of it training)
-Departs:   (1) an int8 file stands in for Han's 5 bits: no kernel computes with those; (2) few epochs of training on
+Departs:   (1) an int8 file stands in for Han's 5 bits: no kernel computes with those; (2) few epochs of training on;
+           (3) the reference's network is MobileNet and half of its weights are zero, here four fifths
 """
 
 # %%
@@ -16,7 +17,7 @@ from functools import partial
 import keras
 import numpy as np
 
-from compression import arms, benchmark, cluster, lottery, prune, report, target
+from compression import arms, benchmark, cluster, lottery, prune, report, structured, target
 from compression import data as sets
 from compression.training import Training, fit
 from course import core
@@ -66,7 +67,7 @@ PRESETS = {
 # %% [markdown]
 # ## The large network
 # Three stages of convolutions with shortcuts (`models/convnets.py`), trained as in day 11.  Its activation is ReLU, for
-# a reason of this day: an int8 kernel does a convolution and the ReLU behind it in one go, and SiLU takes three more.
+# a reason of this day: on whole numbers it is a maximum, done in passing; SiLU would take three operations of its own.
 
 
 # %%
@@ -176,8 +177,8 @@ def bears(network, data, looks):
 #
 # $$\hat w = s \cdot \mathrm{round}(w/s), \qquad \partial L / \partial w := \partial L / \partial \hat w \quad(5)$$
 #
-# A pruned weight's mask is applied after every step, momentum or not; a cluster's value gets the sum of its members'
-# gradients.  `compression/layers.py`, `prune.held` and `layers.look_up` are these three sentences in Keras.
+# A pruned weight's mask is applied after every step, momentum or not; a cluster's value moves by the mean of its
+# members' gradients.  `layers.fake_quant_weights`, `prune.held` and `layers.look_up` are these three in Keras.
 #
 # ## A smaller network that is told more
 # A student learns the teacher's probabilities, softened by a temperature $T$: which wrong answers are nearly right.
@@ -208,9 +209,10 @@ def soft_gradients(wanted, given, temperatures=(1, 2, 4, 8, 16)):
 
 # %% [markdown]
 # ## Was the small network there from the start?
-# *Lottery tickets* (Frankle and Carbin 2019): train, prune by magnitude, put what is left back to its initial weights,
-# and train again.  If that beats the same sparsity with masks drawn at random and with weights drawn anew, then mask
-# and initial weights belong together: what training found was there before it.
+# *Lottery tickets* (Frankle and Carbin 2019): train, prune by magnitude, put what is left back to its initial weights -
+# or, as deep networks need, to those after a few steps (Frankle et al. 2020; here half an epoch) - and train again.
+# Two controls say what matters: as many weights of each layer at places drawn at random, and the same places with
+# weights drawn anew that had the same few steps.  If the ticket beats both, mask and early weights belong together.
 
 
 # %%
@@ -231,6 +233,7 @@ def tickets(run, cfg, data):
 # test images, times them in turns, lets the pipeline's gate of day 25 judge each against the original, and serves them.
 
 # %%
+OPENED = ("student", "pruned clustered int8", "filters")
 MAIN = ("int8", "pruned aware int8", "pruned clustered int8", "student")
 
 
@@ -245,15 +248,17 @@ def compress(run, cfg, network, data):
 
 
 def inside(run, network, data, rows, looks):
-    """Tables of two of the models that came out: eq. 6 for the student, and the code of the clustered kernels."""
+    """Tables of models that came out: eq. 6 for the student, the code of clustered kernels, the filters left."""
     models = {row["arm"]: run.folder / "models" / row["model"] for row in rows if "why" not in row}
-    models = {arm: keras.models.load_model(path, compile=False) for arm, path in models.items() if arm in MAIN}
+    models = {arm: keras.models.load_model(path, compile=False) for arm, path in models.items() if arm in OPENED}
     tables = {}
     if student := models.get("student"):
         logits = [model.predict(data.x_val[:looks], batch_size=500, verbose=0) for model in (network, student)]
         tables["temperature"] = soft_gradients(*logits)
     if clustered := models.get("pruned clustered int8"):
         tables["codes"] = cluster.table(clustered)
+    if narrow := models.get("filters"):
+        tables["filters left"] = structured.compare(network, narrow)[0]
     return tables
 
 
@@ -313,14 +318,16 @@ def main(argv=None):
         tables = {
             "without training": run.once("looks", partial(bears, network, data, cfg.looks)),
             "sensitivity": run.once("sensitivity", lambda: prune.sensitivity(network, data, examples=cfg.looks)),
+            "filters": run.once("filters", lambda: structured.sensitivity(network, data, examples=cfg.looks)),
             "tickets": run.once("tickets", partial(tickets, run, cfg, data)),
         }
         rows = compress(run, cfg, network, data)
         run.record["tables"] |= tables | inside(run, network, data, rows, cfg.looks)
         run.record["metrics"], run.record["history"] = metrics(rows), history
         draw(run, tables, history)
-    report.show(rows, run.record["targets"])
     core.export.image_classifier(network, "day22_compression", found, cfg.exports)
+    report.show(rows, run.record["targets"], run.record["load"])
+    report.conclude(rows)
     return run.record
 
 

@@ -85,11 +85,35 @@ def test_quantisation_gives_a_file_that_computes_the_same(network, data):
     made = legacy.optimise(network, data, Legacy("quantise", training=LITTLE))
     assert outputs_agree(made)
     assert made.report["agreement"] > 0.95
+    assert 0 < made.report["convert_seconds"] < 60
     entry = lite.interpreter(made.content).get_input_details()[0]
     assert (entry["dtype"], entry["quantization"]) == (np.uint8, (1.0, 0))
     assert all(kernel.dtype == np.int8 for kernel in int8_kernels(made.content))
     still = made.model.get_layer("normalization")
     assert np.abs(np.asarray(still.kernel) - 1 / np.sqrt(5000)).max() < 1e-6, "what prepares the input is not trained"
+
+
+def test_inputs_that_are_no_pixels_are_quantised_within_their_own_range():
+    rng = np.random.default_rng(0)
+    x = rng.normal(-1, 2, (256, 6)).astype("float32")  # most of them negative: read as pixels they would all be 0
+    point = keras.Input((6,))
+    hidden = layers.Dense(16, "relu", name="hidden")(layers.Normalization(mean=[-1.0] * 6, variance=[4.0] * 6)(point))
+    network = randomised(keras.Model(point, layers.Dense(3, name="logits")(hidden)))
+    decisions = network(x).numpy().argmax(-1).astype("int32")
+    table = dataclasses.replace(noise(), x_train=x, y_train=decisions, x_val=x[:64], y_val=decisions[:64])
+    training = dataclasses.replace(LITTLE, lr=0.001)
+    made = legacy.optimise(network, table, Legacy("quantise", pixels=False, training=training))
+    assert outputs_agree(made)
+    runner = lite.interpreter(made.content)
+    assert runner.get_input_details()[0]["dtype"] == np.float32
+    first = next(entry["outputs"][0] for entry in runner._get_ops_details() if entry["op_name"] == "QUANTIZE")
+    (scale,) = [entry["quantization"][0] for entry in runner.get_tensor_details() if entry["index"] == first]
+    assert scale == pytest.approx(np.ptp(x) / 255, rel=0.01)
+    spread = float(np.ptp(made.model(x)))
+    assert made.report["max_difference"] < 0.02 * spread, "the file computes what the toolkit's model does"
+    answers = lite.predict(made.content, x)
+    assert np.abs(answers - network(x)).max() < 0.05 * spread
+    assert (answers.argmax(-1) == decisions).mean() > 0.95
 
 
 @pytest.mark.slow

@@ -103,6 +103,29 @@ def test_the_controls_change_the_masks_or_the_weights_alone(data, starts):
     assert all(0 <= row[key] <= 1 for row in rows for key in ("val_accuracy", "test_accuracy"))
 
 
+def test_weights_drawn_anew_get_the_same_head_start_as_the_ticket(data, starts):
+    """Worked by hand: the other draw trained densely at the dense training's rates and on its batches, for its first
+    five steps, which end in the second of two epochs."""
+    settings = lottery.Lottery(rounds=1, rate=0.5, rewind=5, seed=1, training=QUICK)
+    lottery.compare(dense(), data, settings)
+    assert [name for name, _ in starts] == ["dense", "round 1", "head start", "random masks", "random weights"]
+    ticket, began, last = starts[1][1], starts[2][1], starts[-1][1]
+    weights, other = [], lottery.fresh(dense(), 2)
+    assert same(began, other.get_weights())
+
+    class After(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            weights.append(other.get_weights())
+
+    prune.fit(other, data, QUICK, [After()])
+    for place in (0, 2):  # the two kernels
+        np.testing.assert_array_equal(last[place], np.where(ticket[place] == 0, 0, weights[4][place]))
+    for place in (1, 3):
+        np.testing.assert_array_equal(last[place], weights[4][place])
+    assert len(weights) == 8
+    assert not same(weights[4], weights[3])
+
+
 def test_fresh_weights_keep_the_moments_of_the_data():
     image = keras.Input((4,))
     norm = layers.Normalization(name="norm")
@@ -120,7 +143,7 @@ def test_fresh_weights_keep_the_moments_of_the_data():
 
 def test_an_interrupted_lottery_goes_on_where_it_was(data, tmp_path, monkeypatch):
     settings = lottery.Lottery(rounds=1, rewind=2, training=QUICK)
-    whole = lottery.lottery(dense(), data, settings)
+    whole = lottery.find(dense(), data, settings)[-1].network
     epochs = []
 
     def interrupt(self, epoch, logs=None):
@@ -130,10 +153,10 @@ def test_an_interrupted_lottery_goes_on_where_it_was(data, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(core.Progress, "on_epoch_end", interrupt)
-        lottery.lottery(dense(), data, settings, tmp_path)
+        lottery.find(dense(), data, settings, tmp_path)
     del epochs[:]
     with monkeypatch.context() as patch:
         patch.setattr(core.Progress, "on_epoch_end", lambda self, epoch, logs=None: epochs.append(epoch))
-        resumed = lottery.lottery(dense(), data, settings, tmp_path)
+        resumed = lottery.find(dense(), data, settings, tmp_path)[-1].network
     assert epochs == [1], "what was left of the last round"
     assert same(resumed.get_weights(), whole.get_weights())

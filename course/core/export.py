@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from course.core import data as sets
 from course.core import files
 
 WARMUP = "tf_serving_warmup_requests"  # the name TensorFlow Serving looks for in assets.extra
@@ -30,7 +31,8 @@ def export(model, folder, signatures, *, sample, labels=(), extra=None, trained_
     them become warm-up records, which a server plays before it calls the version available.
     `labels`: class names in the order of the scores.  `extra`: file name -> text or bytes, for `assets.extra/` too.
     `trained_on`: {"unit": its module's name, "data": a set of `course.core.data` or "./<file>.npz", one of `extra`};
-    with it `model`, which must map one input to logits, is kept in the version for `compression` to train on.
+    with it `model`, which must map one input to logits, is kept in the version for `compression` to train on.  "data"
+    may be a folder of pictures as well: its whole path is written, which holds wherever the reader stands.
     """
     archive = keras.export.ExportArchive()
     archive.track(model)
@@ -52,6 +54,9 @@ def export(model, folder, signatures, *, sample, labels=(), extra=None, trained_
             (assets / file).write_bytes(content if isinstance(content, bytes) else content.encode())
         if trained_on:
             model.save(assets / SOURCE)
+            name = trained_on["data"]
+            if name not in sets.SETS and Path(name).is_dir():
+                trained_on = trained_on | {"data": str(Path(name).resolve())}
             (assets / TRAINED_ON).write_text(json.dumps(trained_on, indent=1) + "\n")
 
 

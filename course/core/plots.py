@@ -44,10 +44,17 @@ def _lines(axes, series, x):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+class _Plain(LogFormatter):
+    """0.2 and 20000, not 2e-01 and 2e+04."""
+
+    def _num_to_string(self, x, vmin, vmax):
+        return f"{x:.10g}"
+
+
 def _plain_numbers(axis):
-    """Label a logarithmic axis with plain numbers, those between the powers of ten where it spans no more than one."""
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.7)))
+    """Label a logarithmic axis with plain numbers; those between the powers of ten, where it shows at most two."""
+    axis.set_major_formatter(_Plain())
+    axis.set_minor_formatter(_Plain(minor_thresholds=(2, 0.7)))
 
 
 def curves(series, *, title="", xlabel="epoch", ylabel="", x=None, yscale="linear", xscale="linear", size=(5.4, 3.4)):
