@@ -78,8 +78,8 @@ def _weight_only(mode):
 
 def _student(hard):
     def technique(model, data, cfg, checkpoint):
-        recipe = {"epochs": cfg.student_epochs, "lr": cfg.student_lr, "weight_decay": cfg.student_weight_decay}
-        training = dataclasses.replace(trained_on(cfg), warm_up=0.2, **recipe)  # from nothing: not as in training on
+        recipe = {"epochs": cfg.student_epochs, "lr": cfg.student_lr, "warm_up": 0.2}  # from nothing, not trained on
+        training = dataclasses.replace(trained_on(cfg), **recipe)
         settings = Distillation(cfg.width, cfg.taper, cfg.temperature, hard, seed=cfg.seed, training=training)
         return distill(model, data, settings, checkpoint=checkpoint)
 

@@ -49,7 +49,6 @@ class Config:
     taper: float = 1.0  # narrower layers keep less: (own / widest) ** taper of that share
     student_epochs: int = 30  # of distillation, and of the same network without a teacher
     student_lr: float = 0.2  # highest learning rate of those
-    student_weight_decay: float = 2e-3  # of those; Keras applies it beside the gradient, momentum does not multiply it
     temperature: float = 4.0  # of distillation
     rounds: int = 20  # turns in which every file is timed
     calls: int = 50  # calls of a file in a turn
@@ -74,7 +73,7 @@ LIMITS = (
     (("temperature",), lambda value: 0 < value < math.inf, "a number above 0"),
     (("representative", "batch", "rounds", "calls"), lambda value: value >= 1, "a number of at least 1"),
     (
-        (*("limit", "tests", "epochs", "student_epochs", "lr", "aware_lr", "student_lr", "student_weight_decay"),
+        (*("limit", "tests", "epochs", "student_epochs", "lr", "aware_lr", "student_lr"),
          *("taper", "served_seconds")),
         lambda value: 0 <= value < math.inf,
         "a number of at least 0",

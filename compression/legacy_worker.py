@@ -75,7 +75,11 @@ def train(model, data, training, callbacks=()):
         change.add(tf_keras.layers.RandomFlip("horizontal", seed=training["seed"]))
     if data["x_train"].ndim == 4 and training["shift"]:
         share = training["shift"]
-        change.add(tf_keras.layers.RandomTranslation(share, share, fill_mode="constant", seed=training["seed"]))
+        change.add(
+            tf_keras.layers.RandomTranslation(
+                share, share, fill_mode="reflect", interpolation="nearest", seed=training["seed"]
+            )
+        )
     order = tf.data.Dataset.range(len(data["x_train"])).shuffle(len(data["x_train"]), seed=training["seed"])
 
     def rows(index):

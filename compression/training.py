@@ -59,7 +59,8 @@ def augmentation(settings, shape):
         return []
     drawn = {"seed": settings.seed, "dtype": "float32"}  # at any precision
     mirror = [layers.RandomFlip("horizontal", **drawn)] * settings.flip
-    move = [layers.RandomTranslation(settings.shift, settings.shift, fill_mode="constant", **drawn)]
+    whole = {"fill_mode": "reflect", "interpolation": "nearest"}  # pixels stay as sharp as they are in use
+    move = [layers.RandomTranslation(settings.shift, settings.shift, **whole, **drawn)]
     return mirror + move * (settings.shift > 0)
 
 
