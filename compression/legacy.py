@@ -62,8 +62,8 @@ def optimise(model, data, settings):
 
     data: `compression.data.Data`.  quantise changes the network beforehand: what prepares the input becomes a 1 x 1
     depthwise convolution, because the toolkit rounds no `Normalization`.  There is no checkpoint: a call that is
-    interrupted starts over.  Raises `InputError`, one line, where a layer is not known or the toolkit is missing,
-    refuses the network or crashes.
+    interrupted starts over.  Raises one line: `InputError` where a layer is not known or the toolkit is missing or
+    refuses the network (a `ValueError` of its), `RuntimeError` where it crashes.
     """
     if settings.technique not in TECHNIQUES:
         raise InputError(f"technique {settings.technique!r} is not known: choose one of {', '.join(TECHNIQUES)}")
@@ -116,7 +116,9 @@ def _work(folder):
         errors.seek(0)
         lines = [line.strip() for line in errors if line.strip()]
     if code:
-        raise InputError(f"tensorflow-model-optimization's process {_why(code, lines)}")
+        refused = lines and re.match(r"(ValueError|ModuleNotFoundError):", lines[-1])
+        kind = InputError if refused and code > 0 else RuntimeError
+        raise kind(f"tensorflow-model-optimization's process {_why(code, lines)}")
 
 
 def _why(code, lines):

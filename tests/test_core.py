@@ -258,6 +258,17 @@ def test_a_finished_arm_is_not_computed_again_after_an_interruption(tmp_path):
     assert len(calls) == 2  # a run that had ended well starts over
 
 
+def test_a_checkpoint_of_anybodys_keeps_the_time_of_the_run_around_it(tmp_path):
+    options, cfg = parse("--runs", str(tmp_path))
+    with pytest.raises(ZeroDivisionError), core.run("timed", options, cfg) as run:
+        core.Checkpoint(run.folder / "checkpoints" / "library", None).save(0, {})
+        assert 0 < json.loads((run.folder / "elapsed.json").read_text()) <= run.seconds
+        raise ZeroDivisionError
+    (run.folder / "elapsed.json").unlink()
+    core.Checkpoint(tmp_path / "alone", None).save(0, {})
+    assert not (run.folder / "elapsed.json").exists()  # that run is over
+
+
 def test_two_runs_cannot_share_a_folder(tmp_path):
     options, cfg = parse("--runs", str(tmp_path))
     second = core.run("shared", options, cfg)

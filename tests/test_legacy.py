@@ -164,8 +164,8 @@ def doubled(x):
     return 2 * x
 
 
-def work(tmp_path, monkeypatch, code):
-    """What is said when the process runs `code` in the worker's place."""
+def work(tmp_path, monkeypatch, code, kind):
+    """What is said, as an error of this kind, when the process runs `code` in the worker's place."""
     package = tmp_path / "compression"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -174,22 +174,24 @@ def work(tmp_path, monkeypatch, code):
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(kind) as caught:
         legacy._work(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("code", "said"), [
-    ("raise SystemExit('ValueError: no such layer')", "failed: ValueError: no such layer"),
-    ("import sys; sys.exit(7)", "it gave no reason (status 7)"),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by SIGKILL: it may have needed more memory"),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV"),
-    ("raise SystemExit(\"ModuleNotFoundError: No module named 'tensorflow_model_optimization'\")",
+@pytest.mark.parametrize(("code", "kind", "said"), [
+    ("raise SystemExit('ValueError: no such layer')", InputError, "failed: ValueError: no such layer"),
+    ("raise SystemExit('MemoryError: no room')", RuntimeError, "failed: MemoryError: no room"),
+    ("import sys; sys.exit(7)", RuntimeError, "it gave no reason (status 7)"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", RuntimeError, "ended by SIGKILL: it may have needed"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", RuntimeError, "ended by SIGSEGV"),
+    ("raise SystemExit(\"ModuleNotFoundError: No module named 'tensorflow_model_optimization'\")", InputError,
      "pip install tensorflow-model-optimization"),
-], ids=["error", "silent", "killed", "crash", "missing"])  # fmt: skip
-def test_a_crash_is_one_clear_line(code, said, tmp_path, monkeypatch):
-    assert said in work(tmp_path, monkeypatch, code)
+], ids=["refusal", "error", "silent", "killed", "crash", "missing"])  # fmt: skip
+def test_what_goes_wrong_is_one_clear_line(code, kind, said, tmp_path, monkeypatch):
+    """A refusal makes no arm; a crash is a failure of the benchmark's."""
+    assert said in work(tmp_path, monkeypatch, code, kind)
 
 
 def test_the_worker_says_which_package_it_lacks(tmp_path):

@@ -9,7 +9,7 @@ import zipfile
 import keras
 import numpy as np
 
-from course.core import files
+from course.core import experiment, files
 from course.core.errors import InputError
 
 
@@ -26,7 +26,7 @@ class Checkpoint(keras.callbacks.Callback):
     to `save`, is a dict of NumPy arrays, found again as the attribute of that name.
     """
 
-    def __init__(self, folder, model, on_save=lambda: None, **objects):
+    def __init__(self, folder, model, **objects):
         super().__init__()
         self.path = folder / "state.npz"
         self.objects = objects if model is None else {"model": model} | objects
@@ -34,7 +34,6 @@ class Checkpoint(keras.callbacks.Callback):
         if optimizer is not None:
             optimizer.build(model.trainable_variables)  # its slots must exist before they can be restored
             self.objects.setdefault("optimizer", optimizer)
-        self.on_save = on_save
         self.epoch, self.history, self.arrays = 0, {}, {}
         if self.path.exists():
             self._restore()
@@ -56,7 +55,7 @@ class Checkpoint(keras.callbacks.Callback):
             content |= {f"{name}/{i}": np.asarray(variable) for i, variable in enumerate(item.variables)}
         with files.atomic_path(self.path) as temporary:
             np.savez(temporary, state=json.dumps(state), **content)
-        self.on_save()
+        experiment.note_time()
 
     def _restore(self):
         try:

@@ -185,7 +185,7 @@ class Run:
         """A Keras callback that saves `model` each epoch and has already restored it; see `core.Checkpoint`."""
         from course.core.checkpoint import Checkpoint
 
-        return Checkpoint(self.folder / "checkpoints" / name, model, on_save=self._note_time, **objects)
+        return Checkpoint(self.folder / "checkpoints" / name, model, **objects)
 
     def once(self, name, function):
         """`function()`, computed once: an interrupted run finds the (JSON) answer in its folder and goes on.
@@ -197,7 +197,7 @@ class Run:
             return json.loads(path.read_text())
         answer = json.loads(to_json(function()))
         files.write_atomic(path, to_json(answer))
-        self._note_time()
+        note_time()
         return answer
 
     def figure(self, name, figure):
@@ -211,8 +211,14 @@ class Run:
         if path.name not in self.record["figures"]:
             self.record["figures"].append(path.name)
 
-    def _note_time(self):
-        files.write_atomic(self.folder / "elapsed.json", json.dumps(self.seconds))
+
+_running = []  # the runs whose block is open, the innermost last
+
+
+def note_time():
+    """Keep how long the open runs have worked, so that an interrupted one counts on: called with all that is saved."""
+    for run in _running:
+        files.write_atomic(run.folder / "elapsed.json", json.dumps(run.seconds))
 
 
 @contextlib.contextmanager
@@ -245,11 +251,14 @@ def run(unit, options, cfg, *, scope=True, inputs=None, typed=None):
         }
         run = Run(folder, record, strategy, before)
         with strategy.scope() if scope else contextlib.nullcontext():
+            _running.append(run)
             try:
                 yield run
             except KeyboardInterrupt:
                 print(f"\nthe run is kept in {folder}: the same command goes on from its last checkpoint")
                 raise
+            finally:
+                _running.pop()
         record |= {
             "seconds": round(run.seconds, 1),
             "hardware": runtime.hardware(),
