@@ -192,6 +192,6 @@ def test_a_notebook_runs_from_top_to_bottom(tmp_path):
     record = json.loads(path.read_text())
     assert (record["unit"], record["preset"], path.parent.name) == (unit.name, "smoke", "smoke-s0")
     assert record["metrics"]
-    shown = [output for output in notebook.cells[-1].outputs if "image/png" in output.get("data", {})]
+    shown = [output for output in notebook.cells[-1].outputs if {"image/png", "image/gif"} & {*output.get("data", {})}]
     assert len(shown) == len(record["figures"]) > 0
     assert not [output for output in run.outputs if "image/png" in output.get("data", {})]  # each is shown once

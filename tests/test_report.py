@@ -5,6 +5,7 @@ import json
 import shutil
 import statistics
 import types
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -252,6 +253,18 @@ def test_readme_check_tells_drift(tmp_path, monkeypatch, capsys):
     ]
 
 
+def test_films_are_committed_as_they_are_if_they_are_small(tmp_path, publish):
+    folder = support.write_run(tmp_path / "runs", 0, figures=["curves.png", "drive.gif"])
+    film = folder / "figures" / "drive.gif"
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    frames[0].save(film, save_all=True, append_images=frames[1:])
+    assert publish()["presets"]["cpu"]["figures"] == [f"{NAME}-curves.png", f"{NAME}-drive.gif"]
+    assert (tmp_path / "results" / f"{NAME}-drive.gif").read_bytes() == film.read_bytes()
+    film.write_bytes(bytes(report.FILM_BYTES + 1))
+    with pytest.raises(InputError, match=r"drive\.gif has more than 400,000 bytes"):
+        publish()
+
+
 def test_the_readme_is_not_stale():
     text = (catalogue.ROOT / "README.md").read_text()
     assert report.readme_text(text) == text, "run python -m course.core.report readme"
@@ -265,9 +278,10 @@ def test_committed_results_are_of_units_and_their_figures_are_there():
         for preset, record in catalogue.recorded(path.stem).items():
             assert preset in catalogue.find(path.stem, catalogue.units()).presets
             figures |= set(record["figures"])
-    pictures = {path.name: path.stat().st_size for path in catalogue.RESULTS.glob("*.png")}
+    most = {".png": report.FIGURE_BYTES, ".gif": report.FILM_BYTES}
+    pictures = {path.name: path.stat().st_size for path in catalogue.RESULTS.iterdir() if path.suffix in most}
     assert set(pictures) == figures
-    assert all(size <= report.FIGURE_BYTES for size in pictures.values())
+    assert all(size <= most[Path(name).suffix] for name, size in pictures.items())
 
 
 def test_committed_means_are_those_of_their_seeds():

@@ -204,12 +204,15 @@ class Run:
         """Save a matplotlib figure as `figures/<name>.png`, list it in the record, and free it."""
         from course.core import plots
 
-        path = self.folder / "figures" / f"{name}.png"
-        with files.atomic_path(path) as temporary:
+        with files.atomic_path(self.picture(f"{name}.png")) as temporary:
             figure.savefig(temporary, dpi=110, bbox_inches="tight")
         plots.close(figure)
-        if path.name not in self.record["figures"]:
-            self.record["figures"].append(path.name)
+
+    def picture(self, name):
+        """The path of a picture file of the run, "<name>.png" or the film "<name>.gif", listed in the record as one."""
+        if name not in self.record["figures"]:
+            self.record["figures"].append(name)
+        return files.make_folder(self.folder / "figures") / name
 
 
 _running = []  # the runs whose block is open, the innermost last

@@ -25,6 +25,7 @@ from course.core.errors import InputError, cli
 SAME = ("config", "data", "commit", "versions", "hardware", "replicas", "precision")  # in all seeds of a record
 FIGURE_WIDTH = 1200  # pixels, of a committed figure at most
 FIGURE_BYTES = 150_000  # of a committed figure at most
+FILM_BYTES = 400_000  # of a committed film: it cannot be made smaller here
 
 # A replayed metric agrees within three deviations of the recorded seeds, and where these are few or all alike, within
 # what other hardware's order of summation may change: 1 % of the value, or 1e-5 for differences that should be zero.
@@ -147,11 +148,16 @@ def _difference(a, b, key):
 
 
 def _small(path):
-    """The bytes of a PNG, made small enough to commit: at most FIGURE_WIDTH pixels wide and FIGURE_BYTES long."""
+    """The bytes of a PNG, made small enough to commit: at most FIGURE_WIDTH pixels wide and FIGURE_BYTES long; those of
+    a GIF as they are.  Raises `InputError` where the file is missing, or a film of more than FILM_BYTES."""
     from PIL import Image
 
     if not path.exists():
         raise InputError(f"{path} is missing, though the run's record lists it: run that seed again")
+    if path.suffix == ".gif":
+        if path.stat().st_size > FILM_BYTES:
+            raise InputError(f"{path} has more than {FILM_BYTES:,} bytes: film less of it")
+        return path.read_bytes()
     picture = Image.open(path).convert("RGB")
     if picture.width > FIGURE_WIDTH:
         picture = picture.resize(
