@@ -3,6 +3,7 @@
 # make test                the fast and the smoke tests (what CI runs);  make test TESTS="tests/test_data.py -k idx"
 # make lint                ruff;   make docs   results into the README, units into notebooks;   make lock   new pins
 # make kserve              the environment of the server that python -m serving.benchmark compares with
+# make rl-benchmark        Stable-Baselines3's, which python -m models.rl.benchmark compares with (6 GB)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
@@ -10,7 +11,7 @@ UNIT   ?= day25_vision_pipeline
 ARGS   ?=
 TESTS  ?=
 
-.PHONY: run test lint docs kserve lock clean
+.PHONY: run test lint docs kserve rl-benchmark lock clean
 
 run: $(VENV)/installed
 	@$(VENV)/bin/python -m course.$(patsubst course.%,%,$(UNIT)) $(ARGS)
@@ -43,6 +44,13 @@ kserve: .venv-kserve/installed
 	@.venv-kserve/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off -r $<
 	@touch $@
 
+rl-benchmark: .venv-sb3/installed
+
+.venv-sb3/installed: models/rl/benchmark-requirements.txt
+	@"$(PYTHON)" -m venv --clear .venv-sb3
+	@.venv-sb3/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off -r $<
+	@touch $@
+
 lock:
 	@"$(PYTHON)" -m venv --clear build/lock
 	@build/lock/bin/python -m pip install --quiet -r requirements-dev.txt
@@ -51,4 +59,4 @@ lock:
 	@mv requirements.lock.new requirements.lock && rm -r build/lock
 
 clean:
-	rm -rf $(VENV) .venv-kserve build
+	rm -rf $(VENV) .venv-kserve .venv-sb3 build
