@@ -116,17 +116,22 @@ def prune(model, data, settings):
 def cluster(model, data, settings):
     """Clusters of each kernel, from a linear start, trained on."""
     import tensorflow_model_optimization as toolkit
+    from tensorflow_model_optimization.python.core.clustering.keras.cluster_config import GradientAggregation
     from tensorflow_model_optimization.python.core.clustering.keras.experimental import cluster as experimental
 
     clustering = toolkit.clustering.keras
 
     def wrap(layer):
-        return experimental.cluster_weights(
+        wrapper = experimental.cluster_weights(
             layer,
             number_of_clusters=settings["clusters"],
             cluster_centroids_init=clustering.CentroidInitialization.LINEAR,
             preserve_sparsity=settings["keep_zeros"],
         )
+        # as `compression.cluster`: by the sum of its members' gradients, the default, a value that thousands of weights
+        # share would move thousands of times as far as a weight, and the network would run away
+        wrapper.cluster_gradient_aggregation = GradientAggregation.AVG
+        return wrapper
 
     clustered = wrapped(model, wrap)
     train(clustered, data, settings["training"])

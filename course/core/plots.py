@@ -50,6 +50,11 @@ class _Plain(LogFormatter):
     def _num_to_string(self, x, vmin, vmax):
         return f"{x:.10g}"
 
+    def set_locs(self, locs=None):
+        super().set_locs(locs)
+        if self._sublabels and 1 < len(self._sublabels) < 9:  # Matplotlib's are 2, 3, 4 and 6: they touch
+            self._sublabels = {1, 2, 5}
+
 
 def _plain_numbers(axis):
     """Label a logarithmic axis with plain numbers; those between the powers of ten, where it shows at most two."""
