@@ -2,8 +2,6 @@
 
 import re
 
-import numpy as np
-
 from course.core import plots
 from models.rl import evaluate
 
@@ -93,15 +91,6 @@ def game(run, history, expected, realised):
     figure = plots.curves({"equal": ends}, x=ends, xlabel="discounted return that followed", ylabel="Q")
     figure.axes[0].scatter(realised[::10], expected[::10], s=3, alpha=0.3, color="C1")
     run.figure("expected", figure)
-
-
-def stills(run, path, count=8, columns=8):
-    """`count` pictures, evenly taken, of the film at `path`, a GIF, as the figure "episode"."""
-    from PIL import Image, ImageSequence
-
-    frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(Image.open(path))]
-    kept = np.stack([frames[i] for i in np.linspace(0, len(frames) - 1, count).astype(int)])
-    run.figure("episode", plots.image_grid(kept, columns=columns, cell=1.2))
 
 
 def film(run, label, policy, name, seed, **kwargs):
