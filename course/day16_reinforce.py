@@ -48,12 +48,8 @@ class Config:
     exports: str = dataclasses.field(default="exports", metadata={"where": True})  # folder that it is exported to
 
 
-PRESETS = {
-    "smoke": dict(trials=1, arms=("learned V",), episodes=4, updates=3, fit_steps=2, units=8, snapshots=(1,),
-                  measured=8, evaluated=2, continuous_trials=1),
-    "cpu": dict(),
-    "full": {},
-}  # fmt: skip
+PRESETS = {"smoke": dict(trials=1, arms=("learned V",), episodes=4, updates=3, fit_steps=2, units=8, snapshots=(1,),
+                         measured=8, evaluated=2, continuous_trials=1), "cpu": dict(), "full": {}}  # fmt: skip
 
 
 # %% [markdown]
@@ -65,8 +61,7 @@ PRESETS = {
 #
 # `models/rl/policies.py` has both, with $\log \pi$ and the entropy of each.  Draws are made from noise that is drawn
 # beforehand: $\arg\max_k (\ell_k + g_k)$ with $g$ from a Gumbel distribution is a draw from softmax($\ell$), and
-# $\mu + \sigma \varepsilon$ one from the normal.  Acting is done in NumPy: for three small matrix products a compiled
-# call takes ten times as long.
+# $\mu + \sigma \varepsilon$ one from the normal.  NumPy acts: a compiled call takes ten times as long as the products.
 
 
 # %%
@@ -267,8 +262,11 @@ def spread(cfg, name, act, mean, judge, policy, kind):
 
 # %% [markdown]
 # ## What came out
-# With eq. 4, once $V$ fits, a policy that never falls finds no advantage in anything, and rests; without a baseline its
-# returns, all large and alike, go on pushing it about.
+# With a learned $V$ all five policies stand for 500 of 500 steps in 100 episodes of their own. Without a baseline each
+# had a batch that was solved, and lost it again: 391 in the mean, 187 in the worst run (running mean: 461, 304). With
+# eq. 4, once $V$ fits, a policy that never falls finds no advantage in anything, and rests; without a baseline its
+# returns, all large and alike, push it about. Before update 10, about 6 episodes show the direction with $V$, 10 with
+# the running mean, 27 with the reward to go, 1,070 with the whole return: the better the policy, the more is noise.
 
 
 # %%
