@@ -237,7 +237,9 @@ def draw_maps(maps, lake):
     side = 0.5 * len(lake)
     figure, axes = plt.subplots(1, len(maps), figsize=(len(maps) * (side + 1.5), side + 1.2))
     for axis, (title, q) in zip(axes, maps.items(), strict=True):
-        image = axis.imshow(q.max(axis=1).reshape(lake.shape), cmap="viridis", vmin=0)
+        ends = np.isin(lake, (b"H", b"G"))  # nobody acts there: whatever Q says is where it started
+        image = axis.imshow(np.ma.array(q.max(axis=1).reshape(lake.shape), mask=ends), vmin=0, vmax=1)
+        axis.set_facecolor("0.6")
         figure.colorbar(image, ax=axis, shrink=0.7)
         axis.set(xticks=[], yticks=[], title=title)
         axis.grid(False)
@@ -254,10 +256,12 @@ def draw_maps(maps, lake):
 
 # %% [markdown]
 # ## What came out
-# Some of it holds by construction: zeros are optimistic where every step costs, as in
-# the taxi, and not where only arriving pays, as on the ice.  Value iteration's policy is the best for discounted and
-# endless episodes, not for these, so that a learner's can be better.  And Q may be far off for actions that no sensible
-# policy takes; the policy does not mind.
+# Optimism wins everywhere: all its learners end within 0.003 of value iteration or above, and it earns nearly the most
+# from the start, because it stops trying what has disappointed it. Random actions are paid for while one learns (0.37
+# instead of 0.73 on the 4x4 ice) and miss the mark on the 8x8 ice in one or two of ten learners. Without exploration
+# the slippery lakes are never crossed; in the taxi, where each step costs, zeros are optimistic, and greed does well.
+# Value iteration's policy is the best for discounted and endless episodes, not for these: on the 8x8 ice the mean
+# learner is better. And Q may be far off for actions that no sensible policy takes; the policy does not mind.
 
 
 # %%
