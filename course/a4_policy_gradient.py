@@ -206,7 +206,8 @@ def check(cfg):
 # %% [markdown]
 # ## What came out
 # All fifteen runs on the long task were solved, after about 1,000 episodes with normalised returns, 790 with the mean
-# taken off and 1,050 with neither (means of five runs, which differ by some hundred: training ends there, and the curves stay).
+# taken off and 1,050 with neither (means of five runs, which differ by some hundred; training ends there, and the
+# curves stay where they were).
 # The two tasks differ in nothing but the limit, and the short one takes 940.  The picture of the policy shows what ten
 # hidden units have found: how likely a push to the right is, where the pole leans and how it moves.
 
