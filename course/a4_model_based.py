@@ -309,8 +309,8 @@ def learn_for_real(cfg, seed):
 # %% [markdown]
 # ## What came out
 # The model-based agents reach 475 after 5, 15 and 15 real episodes, the others after 100, 100 and 50; five episodes at
-# random, a hundred steps, are enough to imagine one's way from 9 to 388. But a round may undo what worked: the model has
-# to see a failure that the policy ran into before it can imagine it away, and one of the three ends at 358.
+# random, a hundred steps, are enough to imagine one's way from 9 to 388. But a round may undo what worked: the model
+# has to see a failure that the policy ran into before it can imagine it away, and one of the three ends at 358.
 
 
 # %%
