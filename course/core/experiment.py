@@ -31,7 +31,7 @@ class Options:
     """How a unit is run, as opposed to what it computes."""
 
     preset: str = "cpu"  # smoke: seconds; cpu: minutes on two cores; full: the paper's scale
-    strategy: str = "auto"  # devices: auto, one, mirrored, mirrored:N
+    strategy: str = "auto"  # devices: auto, one, mirrored, mirrored:N, central, multiworker, parameter_server, tpu
     precision: str = "auto"  # auto, float32, mixed_float16, mixed_bfloat16
     runs: str = "runs"  # folder of the run's checkpoint, figures and result.json
     fresh: bool = False  # start over, even where an interrupted run could be continued

@@ -5,6 +5,7 @@ TensorFlow is imported inside the functions: the catalogue and `--help` use this
 
 import importlib.abc
 import importlib.util
+import json
 import logging
 import os
 import platform
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from course.core.errors import InputError
 
-STRATEGIES = ("auto", "one", "mirrored", "mirrored:N")
+STRATEGIES = ("auto", "one", "mirrored", "mirrored:N", "central", "central:N", "multiworker", "parameter_server", "tpu")
 PRECISIONS = ("auto", "float32", "mixed_float16", "mixed_bfloat16")
 
 
@@ -89,23 +90,53 @@ def strategy(name="auto"):
 
     "one": a single device.  "mirrored": synchronous copies on all GPUs.  "mirrored:N": on N GPUs, or, where there are
     none, on N logical CPU devices, which share the cores: correct, not faster.  "auto": mirrored on several GPUs, else
-    one.  Raises `InputError` for another name, or when the devices were already fixed by an earlier operation.
+    one.  "central", "central:N": as mirrored, but the variables stand once, on the CPU; Keras 3's batch normalisation
+    is refused there by TensorFlow, other layers are not.  "tpu": the machine's TPU, or the one that TPU_NAME names.
+
+    Two read the environment variable TF_CONFIG, the same in each process but for its task.  "multiworker": synchronous
+    copies in several processes; for loops written by hand, as Keras 3's `fit` fails with it.  "parameter_server":
+    asynchronous; in the chief it returns, for `tf.distribute.coordinator.ClusterCoordinator`; in a worker or parameter
+    server it serves until the process is ended, and does not return.
+
+    Raises `InputError` for another name, where what it needs is not there, or when the devices were already fixed by
+    an earlier operation.
     """
     import tensorflow as tf
 
-    match = re.fullmatch(r"auto|one|mirrored(?::(\d+))?", name)
-    if not match or match[1] == "0":
+    match = re.fullmatch(r"(auto|one|multiworker|parameter_server|tpu)|(mirrored|central)(?::([1-9]\d*))?", name)
+    if not match:
         raise InputError(f"--strategy {name} is not known: choose one of {', '.join(STRATEGIES)}")
-    gpus = tf.config.list_physical_devices("GPU")
-    if name == "one" or (name == "auto" and len(gpus) < 2):
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    if name == "one" or (name == "auto" and gpus < 2):
         return tf.distribute.get_strategy()  # TensorFlow's default: no replication, no overhead
-    replicas = int(match[1] or len(gpus) or 1)
-    if gpus:
-        if replicas > len(gpus):
-            raise InputError(f"--strategy {name} needs {replicas} GPUs and this machine has {len(gpus)}")
-        return tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(replicas)])
-    _split_cpu(replicas)
-    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+    if name in ("multiworker", "parameter_server"):
+        task = cluster_task(name)
+        return _multiworker() if name == "multiworker" else _parameter_server(task)
+    if name == "tpu":
+        return _tpu()
+    count = int(match[3] or gpus or 1)
+    if gpus and count > gpus:
+        raise InputError(f"--strategy {name} needs {count} GPUs and this machine has {gpus}")
+    places = devices(count)
+    if match[2] == "central":
+        return tf.distribute.experimental.CentralStorageStrategy(places, "CPU:0")
+    # TensorFlow's own choice, collective operations, can wait for each other for ever on logical CPU devices where a
+    # layer reduces too (synchronised batch normalisation does)
+    reduction = None if gpus else tf.distribute.ReductionToOneDevice()
+    return tf.distribute.MirroredStrategy(places, cross_device_ops=reduction)
+
+
+def devices(count):
+    """Names of `count` devices: GPUs, where there are as many, or else logical devices that share the CPU.
+
+    Raises `InputError` when the CPU would have to be split after TensorFlow has started.
+    """
+    import tensorflow as tf
+
+    if len(tf.config.list_physical_devices("GPU")) >= count:
+        return [f"GPU:{i}" for i in range(count)]
+    _split_cpu(count)
+    return [f"CPU:{i}" for i in range(count)]
 
 
 def _split_cpu(count):
@@ -114,7 +145,7 @@ def _split_cpu(count):
 
     cpu = tf.config.list_physical_devices("CPU")[0]
     have = tf.config.get_logical_device_configuration(cpu)
-    if have and len(have) >= count:
+    if count <= len(have or [cpu]):
         return
     try:
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
@@ -123,6 +154,77 @@ def _split_cpu(count):
             f"{count} logical CPU devices were asked for after TensorFlow had started: "
             "choose the strategy before anything is computed"
         ) from error
+
+
+# The jobs that a cluster of each strategy is made of: those it must have, and those it may
+JOBS = {"multiworker": ({"worker"}, {"chief"}), "parameter_server": ({"chief", "worker", "ps"}, set())}
+
+
+def cluster_task(name):
+    """This process's part in the cluster of TF_CONFIG, as (job, index): ("worker", 1).
+
+    name: "multiworker" or "parameter_server", the strategy that the cluster is for.  Raises `InputError` where
+    TF_CONFIG is missing, is no JSON of the documented form, or describes a cluster of another strategy.
+    """
+    text = os.environ.get("TF_CONFIG", "")
+    form = '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
+    if not text.strip():
+        raise InputError(f"--strategy {name} needs the environment variable TF_CONFIG: {form}")
+    try:
+        config = json.loads(text)
+        cluster, task, index = config["cluster"], config["task"]["type"], config["task"]["index"]
+        index = int(index)
+        addresses = {job: [re.fullmatch(r"[^:\s]+:\d+", address)[0] for address in cluster[job]] for job in cluster}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"TF_CONFIG cannot be read ({error!r}): it has the form {form}") from error
+    needed, possible = JOBS[name]
+    found = {job for job in addresses if addresses[job]}
+    if not needed <= found <= needed | possible:
+        raise InputError(f"TF_CONFIG: a cluster of {', '.join(sorted(found)) or 'nothing'} is not one for --strategy "
+                         f"{name}, which needs {', '.join(sorted(needed))}")  # fmt: skip
+    if task not in found or not 0 <= index < len(addresses[task]):
+        raise InputError(f"TF_CONFIG: the cluster has no task {task} {index}")
+    return task, index
+
+
+def is_chief(task):
+    """Whether the process that is `task`, (job, index), writes what the cluster writes once."""
+    return task[0] == "chief" or (
+        task == ("worker", 0) and not json.loads(os.environ["TF_CONFIG"])["cluster"].get("chief")
+    )
+
+
+def _multiworker():
+    import tensorflow as tf
+
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    except RuntimeError as error:
+        raise InputError(
+            f"--strategy multiworker must be chosen before anything is computed, and all tasks must come: {error}"
+        ) from error
+
+
+def _parameter_server(task):
+    import tensorflow as tf
+
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    if task[0] == "chief":
+        return tf.distribute.ParameterServerStrategy(resolver)
+    server = tf.distribute.Server(resolver.cluster_spec(), job_name=task[0], task_index=task[1], protocol="grpc")
+    return server.join()  # never returns
+
+
+def _tpu():
+    import tensorflow as tf
+
+    try:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=os.environ.get("TPU_NAME", "local"))
+        tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+    except (ValueError, RuntimeError, tf.errors.OpError) as error:
+        raise InputError(f"--strategy tpu: no TPU answers ({str(error).splitlines()[0]})") from error
+    return tf.distribute.TPUStrategy(resolver)
 
 
 def precision(name="auto"):
@@ -189,3 +291,32 @@ def commit():
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def scaled(optimizer, **options):
+    """`optimizer` in Keras's dynamic loss scaling where the policy is mixed_float16; else as it is.
+
+    For custom loops, on every policy alike: differentiate `optimizer.scale_loss(loss)`, give `optimizer.apply` the
+    gradients as they come; and for `fit` on several replicas, to be compiled with.  By itself `fit` scales as well, but
+    Keras asks the first replica alone whether its gradients are finite, and with them an inf of another one reaches
+    the weights; here a step counts as finite where it is so on all.  `options`: `initial_scale`,
+    `dynamic_growth_steps` of `keras.optimizers.LossScaleOptimizer`.  An optimizer that has a `loss_scale_factor`, a
+    fixed scale, keeps it.
+    """
+    import keras
+    import tensorflow as tf
+
+    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor
+    if keras.config.dtype_policy().name != "mixed_float16" or scales:
+        return optimizer
+    optimizer = keras.optimizers.LossScaleOptimizer(optimizer, **options)
+    if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        on_this_replica = optimizer.check_finite
+
+        def on_all(gradients):
+            spoilt = tf.cast(tf.logical_not(on_this_replica(gradients)), tf.float32)
+            context = tf.distribute.get_replica_context()
+            return tf.equal(context.all_reduce(tf.distribute.ReduceOp.SUM, spoilt), 0)
+
+        optimizer.check_finite = on_all
+    return optimizer

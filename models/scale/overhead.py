@@ -1,0 +1,198 @@
+"""What a unit pays for running through core: the same training by core and by Keras alone, in pairs.
+
+python -m models.scale.overhead                                  12 pairs, some minutes
+python -m models.scale.overhead --record models/scale/results/overhead.json
+
+By core: `core.run` with its folder, lock, seed and record, `core.data.batches`, a checkpoint an epoch, a line of
+progress an epoch.  By Keras: `set_random_seed`, `compile` and `fit` on a `tf.data` stream of the same batches, nothing
+saved.  Both build the network anew, so that all a unit would pay is in it, and both must lose the same in their first
+epoch: else they did not do the same work, and no ratio is given.
+
+The two of a pair follow one another, and which comes first changes from pair to pair; the first pair, in which
+TensorFlow is still being loaded, does not count.  The ratio is the geometric mean over pairs, its 95 % interval is
+Student's t on the logarithms.  The exit status is 1 where the ratio is above the bound; where the interval reaches
+over it, the machine was too busy, or the pairs too few, to tell.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import statistics
+import tempfile
+import time
+
+import numpy as np
+
+from course.core import InputError, bounds, cli, files, flags, runtime
+from course.core.bounds import Ratio
+from course.core.experiment import Options, run, to_json
+
+BOUND = 1.03  # at most: seconds of a training by core / by Keras alone
+SAME = 1e-4  # largest relative difference of the first epoch's losses; with several threads later ones drift apart
+
+
+@dataclasses.dataclass
+class Overhead:
+    """The training that is timed, and how often."""
+
+    pairs: int = 12  # that count
+    data: str = "fashion_mnist_12k"  # data set, as core.data knows it
+    images: int = 6_400  # of its training part
+    width: int = 8  # channels of the network's first convolution
+    batch: int = 64  # images a step
+    epochs: int = 4  # of each training; each ends with a checkpoint
+    seed: int = 0  # of the initial weights, dropout and the order of the batches
+    record: str = dataclasses.field(default="", metadata={"where": True})  # JSON file for the figures
+
+
+def build(x, classes, width):
+    """The compiled network: a small residual one, as day 25 trains, by SGD."""
+    import keras
+
+    from models.convnets import small_resnet
+
+    mean, variance = x.mean(axis=(0, 1, 2)).tolist(), x.var(axis=(0, 1, 2)).tolist()
+    model = small_resnet(x.shape[1:], classes, width, mean, variance)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.05, momentum=0.9), loss, metrics=["accuracy"], jit_compile=runtime.jit())
+    return model
+
+
+def by_core(x, y, classes, options, folder):
+    """Train as a unit does; the mean loss of each epoch."""
+    from course import core
+
+    with run("overhead", Options("overhead", runs=folder, fresh=True), options, typed="models.scale.overhead") as own:
+        model = build(x, classes, options.width)
+        resume = own.checkpoint(model)
+        stream = core.data.batches((x, y), options.batch, seed=options.seed, first_epoch=resume.epoch,
+                                   epochs=options.epochs)  # fmt: skip
+        model.fit(stream, steps_per_epoch=len(x) // options.batch, initial_epoch=resume.epoch, epochs=options.epochs,
+                  verbose=0, callbacks=[resume, core.Progress()])  # fmt: skip
+        own.record["history"] = resume.history
+        own.record["metrics"] = {"loss": resume.history["loss"][-1]}
+    return resume.history["loss"]
+
+
+def by_keras(x, y, classes, options, orders):
+    """Train with Keras alone on the batches that `orders` [steps, batch] names; the loss of each epoch."""
+    import keras
+    import tensorflow as tf
+
+    keras.utils.set_random_seed(options.seed)
+    model = build(x, classes, options.width)
+    x, y = tf.constant(x), tf.constant(y)
+    stream = tf.data.Dataset.from_tensor_slices(orders)
+    stream = stream.map(lambda rows: (tf.gather(x, rows), tf.gather(y, rows)), num_parallel_calls=tf.data.AUTOTUNE)
+    fitted = model.fit(stream.prefetch(tf.data.AUTOTUNE), steps_per_epoch=len(x) // options.batch,
+                       epochs=options.epochs, verbose=0)  # fmt: skip
+    return fitted.history["loss"]
+
+
+def orders_of(count, options):
+    """The rows of every batch of the training, [steps, batch], as `core.data.batches` gives them."""
+    from course import core
+
+    stream = core.data.batches((np.arange(count, dtype=np.int32),), options.batch, seed=options.seed,
+                               epochs=options.epochs)  # fmt: skip
+    return np.stack([rows for (rows,) in stream.as_numpy_iterator()])
+
+
+def measure(options):
+    """Seconds of each training of each pair that counts: {"core": [pairs], "keras": [pairs]}.
+
+    Raises `RuntimeError` where the two of a pair lose differently in the first epoch.
+    """
+    import keras
+
+    from course import core
+
+    data = core.data.load(options.data)
+    if not options.batch <= options.images <= len(data.x_train):
+        raise InputError(f"--images {options.images}: give from one batch, {options.batch}, to {len(data.x_train)}")
+    x, y = data.x_train[: options.images], data.y_train[: options.images]
+    orders, found = orders_of(len(x), options), {"core": [], "keras": []}
+    with tempfile.TemporaryDirectory() as folder:
+        both = {
+            "core": lambda: by_core(x, y, len(data.labels), options, folder),
+            "keras": lambda: by_keras(x, y, len(data.labels), options, orders),
+        }
+        for pair in range(options.pairs + 1):
+            losses, seconds = {}, {}
+            for name in sorted(both, reverse=bool(pair % 2)):
+                keras.backend.clear_session()
+                began = time.perf_counter()
+                with contextlib.redirect_stdout(io.StringIO()):
+                    losses[name] = both[name]()
+                seconds[name] = time.perf_counter() - began
+            first = {name: curve[0] for name, curve in losses.items()}
+            if not abs(first["core"] / first["keras"] - 1) <= SAME:
+                raise RuntimeError(f"the two trainings did not do the same: their first epochs' losses are {first}")
+            if pair:
+                for name in found:
+                    found[name].append(seconds[name])
+                ratio = seconds["core"] / seconds["keras"]
+                print(f"pair {pair}/{options.pairs}: {seconds['keras']:.2f} s, by core {ratio:.3f} times", flush=True)
+    return found
+
+
+def summary(found):
+    """{"ratio", "low", "high"}: geometric mean of the pairs' ratios and its 95 % interval (None for a single pair)."""
+    from scipy import stats
+
+    logs = np.log(np.divide(found["core"], found["keras"]))
+    mean, interval = float(logs.mean()), (None, None)
+    if len(logs) > 1:
+        half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
+        interval = float(np.exp(mean - half)), float(np.exp(mean + half))
+    return {"ratio": float(np.exp(mean)), "low": interval[0], "high": interval[1]}
+
+
+def target(found):
+    """The bound on the geometric mean; of its two figures the second is the mean of the times by Keras."""
+    seconds = statistics.fmean(found["keras"])
+    return Ratio("a training", "core / Keras alone", summary(found)["ratio"] * seconds, seconds, BOUND, False)
+
+
+def markdown(record):
+    """A record as the table of a README."""
+    hardware, options, found = record["hardware"], record["options"], record["summary"]
+    device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
+    interval = "" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
+    met = "met" if record["met"] else "**missed**"
+    keras, core = (statistics.fmean(record["seconds"][name]) for name in ("keras", "core"))
+    return "\n".join([
+        f"{device}. `{record['command']}`",
+        "",
+        "| pairs | epochs of images | Keras alone, s | core, s | ratio | 95 % | bound | |",
+        "|---" * 8 + "|",
+        f"| {options['pairs']} | {options['epochs']} of {options['images']:,} | {keras:.2f} | {core:.2f} |"
+        f" {found['ratio']:.3f} | {interval} | {BOUND} | {met} |",
+    ])  # fmt: skip
+
+
+def main(argv):
+    """Measure, show, record, and tell by the exit status whether the bound is kept."""
+    options = flags.read(Overhead(), argv, prog="python -m models.scale.overhead", description=__doc__)
+    for name in ("pairs", "images", "width", "batch", "epochs"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} must be at least 1")
+    before = os.getloadavg()
+    found = measure(options)
+    ratio, told = target(found), summary(found)
+    if options.record:
+        record = {
+            "seconds": found, "summary": told, "bound": BOUND, "met": ratio.met, "load": before,
+            "options": dataclasses.asdict(options), "hardware": runtime.hardware(), "versions": runtime.versions(),
+            "commit": runtime.commit(), "command": " ".join(["python -m models.scale.overhead", *argv]),
+        }  # fmt: skip
+        files.write_atomic(options.record, to_json(record))
+    bounds.show([ratio], unit="s")
+    if told["low"] is not None:
+        print(f"95 % interval: {told['low']:.3f} to {told['high']:.3f}")
+    bounds.conclude([ratio])
+
+
+if __name__ == "__main__":
+    cli(main)
