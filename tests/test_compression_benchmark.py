@@ -875,11 +875,6 @@ def test_a_record_is_a_table_of_the_readme(finished, tmp_path):
         report.readme_text("a b", tmp_path)
 
 
-def test_the_readme_has_the_committed_records():
-    text = (report.FOLDER / "README.md").read_text()
-    assert report.readme_text(text) == text, "run python -m compression.report readme"
-
-
 def test_readme_check_tells_drift(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "FOLDER", tmp_path)
     (tmp_path / "README.md").write_text(" and ".join(report.MARKS))
