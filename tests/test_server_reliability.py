@@ -307,7 +307,7 @@ def outcome(decode, body, specs):
 def test_both_ways_in_give_the_same_arrays_or_the_same_refusal():
     ways = collections.Counter()
 
-    @settings(max_examples=800, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=1_600, deadline=None, derandomize=True, database=None)
     @given(
         bodies(),
         st.lists(st.sampled_from([np.float32, np.float64, np.int32, np.uint8, np.int64, np.uint64]), min_size=2),

@@ -120,7 +120,8 @@ def test_smoke_preset_runs(unit, tmp_path):
         assert isinstance(value, int | float), f"{name} is {value!r}"
         assert not isinstance(value, bool), name
     for name in record["figures"]:
-        assert (path.parent / "figures" / name).stat().st_size > 1000
+        least = 100 if name.endswith(".gif") else 1000  # in a film equal frames are one, and a smoke policy may not move
+        assert (path.parent / "figures" / name).stat().st_size > least
     for data in catalogue.sources(record["data"]):
         assert data["name"]
         assert data.get("synthetic") or {"source", "licence", "sha256"} <= set(data)
