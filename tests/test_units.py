@@ -120,7 +120,7 @@ def test_smoke_preset_runs(unit, tmp_path):
         assert isinstance(value, int | float), f"{name} is {value!r}"
         assert not isinstance(value, bool), name
     for name in record["figures"]:
-        least = 100 if name.endswith(".gif") else 1000  # in a film equal frames are one, and a smoke policy may not move
+        least = 100 if name.endswith(".gif") else 1000  # in films equal frames are one: a smoke policy may stand
         assert (path.parent / "figures" / name).stat().st_size > least
     for data in catalogue.sources(record["data"]):
         assert data["name"]
