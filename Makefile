@@ -39,17 +39,13 @@ $(VENV)/installed: requirements.lock
 	@touch $@
 
 kserve: .venv-kserve/installed
-
-.venv-kserve/installed: serving/benchmark_kserve.txt
-	@"$(PYTHON)" -m venv --clear .venv-kserve
-	@.venv-kserve/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off -r $<
-	@touch $@
-
 rl-benchmark: .venv-sb3/installed
 
+.venv-kserve/installed: serving/benchmark_kserve.txt
 .venv-sb3/installed: models/rl/benchmark-requirements.txt
-	@"$(PYTHON)" -m venv --clear .venv-sb3
-	@.venv-sb3/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off -r $<
+.venv-kserve/installed .venv-sb3/installed:
+	@"$(PYTHON)" -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off -r $<
 	@touch $@
 
 lock:

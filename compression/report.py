@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from course.core import InputError, bounds, cli, files, flags
+from course.core import InputError, bounds, cli, flags, report
 
 FOLDER = Path(__file__).parent
 MARKS = "<!-- results:begin -->", "<!-- results:end -->"
@@ -270,16 +270,7 @@ class Command:
 def main(argv):
     """Write or check the README's tables."""
     command = flags.read(Command(tyro.MISSING), argv, prog="python -m compression.report", description=Command.__doc__)
-    path = FOLDER / "README.md"
-    text = path.read_text() if path.is_file() else ""
-    fresh = readme_text(text)
-    if command.check:
-        if fresh != text:
-            print("compression/README.md is stale: run python -m compression.report readme")
-            raise SystemExit(1)
-    elif fresh != text:
-        files.write_atomic(path, fresh)
-        print("compression/README.md written")
+    report.refresh(FOLDER / "README.md", "compression/README.md", readme_text, "compression.report", command.check)
 
 
 if __name__ == "__main__":

@@ -229,6 +229,16 @@ LOGS = ("steps", "return", "approx_kl", "clip_fraction", "entropy", "policy_loss
         "updates", "seconds")  # fmt: skip
 
 
+def examples(seen, rewards, forward, judge, kind, recipe):
+    """A `Rollout` as the batch of `losses`, [T N, ...], and eq. 8; forward, judge: the networks that acted."""
+    values, last, final = seen.values(lambda x: judge(x)[:, 0])
+    advantage = advantages(rewards, seen.terminated, seen.truncated, values, last, final, recipe.gamma, recipe.lam)
+    data = {"observations": seen.observations, "actions": seen.actions, "values": values, "advantages": advantage}
+    data = {key: seen.flat(array) for key, array in (data | {"returns": advantage + values}).items()}
+    data["log_probs"] = kind.log_prob(forward(data["observations"]), data["actions"]).numpy()
+    return data, 1 - advantage.var() / (data["returns"].var() + 1e-12)
+
+
 def learn(run, label, name, recipe, seed, steps):
     """Learn in the environment `name` for `steps` steps: the policy, its actions' space, logs [updates, len(LOGS)]."""
     core.runtime.seed(seed)
@@ -250,20 +260,14 @@ def learn(run, label, name, recipe, seed, steps):
         act = policies.acting(kind, forward, rng, recipe.steps, recipe.envs, k)
         seen = rollout.collect(env, act, observation, recipe.steps, episodes)
         rewards = scaler.scale(seen.rewards, seen.done) if recipe.scale_rewards else seen.rewards
-        values, last, final = seen.values(lambda x, judge=judge: judge(x)[:, 0])
-        advantage = advantages(rewards, seen.terminated, seen.truncated, values, last, final, recipe.gamma, recipe.lam)
-        data = {"observations": seen.observations, "actions": seen.actions, "values": values, "advantages": advantage,
-                "returns": advantage + values}  # fmt: skip
-        data = {key: seen.flat(array) for key, array in data.items()}
-        data["log_probs"] = kind.log_prob(forward(data["observations"]), data["actions"]).numpy()
+        data, explained = examples(seen, rewards, forward, judge, kind, recipe)
         optimizer.learning_rate = recipe.lr * (max(0.0, 1 - step / steps) if recipe.anneal else 1)
         found = update(data, ppo.orders(rng, recipe.epochs, len(data["values"]), recipe.batch))
         if recipe.normalise_observations:
             policy.layers[0].update(seen.observations)
         compiling, observation, step = step == started, seen.following, step + len(data["values"])
-        found |= {"explained_variance": 1 - advantage.var() / (data["returns"].var() + 1e-12), "steps": step,  # eq. 8
-                  "return": np.mean([total for total, _ in seen.finished] or [np.nan]),
-                  "seconds": np.nan if compiling else time.perf_counter() - began}  # fmt: skip
+        found |= {"return": np.mean([total for total, _ in seen.finished] or [np.nan]), "explained_variance": explained,
+                  "steps": step, "seconds": np.nan if compiling else time.perf_counter() - began}  # fmt: skip
         logs.append([found[key] for key in LOGS])
         if len(logs) % 50 == 0:
             resume.save(step, observation, curve=np.array(logs))

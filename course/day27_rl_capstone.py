@@ -27,7 +27,7 @@ import tensorflow as tf
 from keras import layers
 
 from course import core
-from course.day18_ppo import Recipe, advantages, losses
+from course.day18_ppo import Recipe, examples, losses
 from models.rl import curves, envs, evaluate, policies, ppo, racing, rollout
 from models.rl.normalise import ReturnScaler
 from models.rl.provenance import provenance
@@ -150,18 +150,12 @@ def learn(run, label, roads, seed, steps, recipe=RECIPE):
         act = policies.acting(kind, forward, rng, recipe.steps, recipe.envs, k)
         seen = rollout.collect(env, act, observation, recipe.steps, episodes)
         rewards = scaler.scale(seen.rewards, seen.done)
-        values, last, final = seen.values(lambda x: judge(x)[:, 0])
-        advantage = advantages(rewards, seen.terminated, seen.truncated, values, last, final, recipe.gamma, recipe.lam)
-        data = {"observations": seen.observations, "actions": seen.actions, "values": values, "advantages": advantage,
-                "returns": advantage + values}  # fmt: skip
-        data = {key: seen.flat(array) for key, array in data.items()}
-        data["log_probs"] = kind.log_prob(forward(data["observations"]), data["actions"]).numpy()
+        data, explained = examples(seen, rewards, forward, judge, kind, recipe)
         optimizer.learning_rate = recipe.lr * max(0.0, 1 - step / steps)
         found = update(data, ppo.orders(rng, recipe.epochs, len(data["values"]), recipe.batch))
         observation, step = seen.following, step + len(data["values"])
         totals, lengths = zip(*seen.finished, strict=True) if seen.finished else ([np.nan], [np.nan])
-        found |= {"steps": step, "return": np.mean(totals), "length": np.mean(lengths),
-                  "explained_variance": 1 - advantage.var() / (data["returns"].var() + 1e-12),
+        found |= {"steps": step, "return": np.mean(totals), "length": np.mean(lengths), "explained_variance": explained,
                   "seconds": time.perf_counter() - began}  # fmt: skip
         logs.append([found[key] for key in LOGS])
         if len(logs) % 20 == 0:

@@ -1,12 +1,17 @@
-"""For the tests of what reads units: one of a few lines, records of it, and commands with their cost."""
+"""What several tests need: a unit of a few lines, records of it, commands with their cost, manifests read strictly."""
 
+import copy
 import json
 import os
 import resource
 import subprocess
 import sys
 
+import yaml
+
 from course.core import catalogue
+
+KUBERNETES = ["1.30", "1.37"]  # the oldest and the newest that the manifests are held against
 
 SOURCE = '''"""Day 90 - Small Lesson: three lines show the shape of three hundred.
 
@@ -123,3 +128,36 @@ def python(*words, cwd=catalogue.ROOT, **environment):
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return done, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+# --- manifests -------------------------------------------------------------------------------------------------------
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML as the standard says: no key twice in a mapping."""
+
+
+def _mapping(loader, node):
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    repeated = {key for key in keys if keys.count(key) > 1}
+    if repeated:
+        raise yaml.constructor.ConstructorError(None, None, f"twice in a mapping: {repeated}", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def documents(path):
+    """The documents of a YAML file."""
+    return list(yaml.load_all(path.read_text(), StrictLoader))
+
+
+def changed(document, *path, value):
+    """A copy with one value set, for a validator to refuse."""
+    document = copy.deepcopy(document)
+    place = document
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return document

@@ -5,7 +5,6 @@ files and its metrics.  `promtool` (Debian: prometheus) and `kubectl` are used w
 """
 
 import base64
-import copy
 import json
 import re
 import shlex
@@ -28,11 +27,11 @@ from serving import canary, pipeline
 from serving.server import spawn
 from serving.server.settings import read_batching, read_metrics_path, read_model_config
 from tests import serving_models
+from tests.support import KUBERNETES, StrictLoader, changed, documents
 
 DEPLOY = ROOT / "serving" / "deploy"
 SCHEMAS = ROOT / "tests" / "data" / "schemas"
 CONFIG_FOLDER = "/etc/tensorflow-serving/"
-KUBERNETES = ["1.30", "1.37"]  # the oldest and the newest that the manifests are held against
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 MONITORING = DEPLOY / "monitoring"
 
@@ -80,26 +79,6 @@ SCRAPED = {"job", "instance", "app_kubernetes_io_name"}  # labels that a scrape 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class _Strict(yaml.SafeLoader):
-    """YAML as the standard says: no key twice in a mapping."""
-
-
-def _mapping(loader, node):
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    repeated = {key for key in keys if keys.count(key) > 1}
-    if repeated:
-        raise yaml.constructor.ConstructorError(None, None, f"twice in a mapping: {repeated}", node.start_mark)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def documents(path):
-    """The documents of a YAML file."""
-    return list(yaml.load_all(path.read_text(), _Strict))
-
-
 def manifest(kind, name="tensorflow-serving"):
     """The Kubernetes manifest of that kind and name."""
     (found,) = (
@@ -109,16 +88,6 @@ def manifest(kind, name="tensorflow-serving"):
         if (document["kind"], document["metadata"]["name"]) == (kind, name)
     )
     return found
-
-
-def changed(document, *path, value):
-    """A copy with one value set, for a validator to refuse."""
-    document = copy.deepcopy(document)
-    place = document
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    return document
 
 
 def dockerfile():
@@ -175,7 +144,7 @@ def test_every_file_is_plain_yaml():
     files = [path for path in DEPLOY.rglob("*") if path.suffix in (".yaml", ".yml")]
     assert len(files) > 12 and all(documents(path) for path in files)
     with pytest.raises(yaml.YAMLError, match="twice in a mapping"):
-        yaml.load("a: {b: 1, b: 2}", _Strict)
+        yaml.load("a: {b: 1, b: 2}", StrictLoader)
 
 
 # --- the server's own files -------------------------------------------------------------------------------------------
@@ -401,7 +370,7 @@ def test_kustomize_builds_it(tmp_path):
 
     built = build(DEPLOY)
     assert built.returncode == 0, built.stderr
-    made = list(yaml.load_all(built.stdout, _Strict))
+    made = list(yaml.load_all(built.stdout, StrictLoader))
     for document in made:
         kubernetes_validate.validate(document, KUBERNETES[-1], strict=True)
     (config,) = (document for document in made if document["kind"] == "ConfigMap")

@@ -14,7 +14,7 @@ import yaml
 from course.core import runtime
 from course.core.catalogue import ROOT
 from course.core.errors import InputError
-from tests.test_deploy import KUBERNETES, changed, documents
+from tests.support import KUBERNETES, changed, documents
 
 FOLDER = ROOT / "models" / "scale" / "kubernetes"
 MANIFESTS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "kustomization")

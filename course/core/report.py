@@ -193,6 +193,26 @@ def readme_text(text, folder=catalogue.COURSE, results=catalogue.RESULTS):
     return text
 
 
+def refresh(path, name, rewrite, module, check=False):
+    """Write a README with generated parts anew, where they are not those of now, and say so.
+
+    path: the file, `name` in what is said.  rewrite: its text -> the text of now.  module: the one whose command
+    `readme` does this.  check: change nothing; exit with status 1 where the file is stale.  Raises `InputError` where
+    there is no file.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no {path}")
+    text = path.read_text()
+    fresh = rewrite(text)
+    if fresh == text:
+        return
+    if check:
+        print(f"{name} is stale: run python -m {module} readme")
+        raise SystemExit(1)
+    files.write_atomic(path, fresh)
+    print(f"{name} written")
+
+
 def _catalogue_block(units, results):
     """A table of units for each group of the course."""
     groups = collections.defaultdict(list)
@@ -329,7 +349,7 @@ class Command:
 def main(argv):
     command = flags.read(Command(tyro.MISSING), argv, prog="python -m course.core.report", description=__doc__).do
     if isinstance(command, Readme):
-        _main_readme(command)
+        refresh(catalogue.ROOT / "README.md", "README.md", readme_text, "course.core.report", command.check)
         return
     unit = catalogue.find(command.unit, catalogue.units())
     if isinstance(command, Publish):
@@ -339,21 +359,6 @@ def main(argv):
         print(f"course/results/{unit.name}.json: {command.preset}, seeds {', '.join(map(str, record['seeds']))}")
     else:
         _main_replay(unit, command)
-
-
-def _main_readme(command):
-    path = catalogue.ROOT / "README.md"
-    if not path.exists():
-        raise InputError(f"there is no {path}")
-    text = path.read_text()
-    fresh = readme_text(text)
-    if command.check:
-        if fresh != text:
-            print("README.md is stale: run python -m course.core.report readme")
-            raise SystemExit(1)
-    elif fresh != text:
-        files.write_atomic(path, fresh)
-        print("README.md written")
 
 
 def _main_replay(unit, command):

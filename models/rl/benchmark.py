@@ -63,8 +63,7 @@ def dqn(s):
     agent = dataclasses.replace(unit.ATARI, batch=s["batch"], every=s["every"], target_every=s["target_every"])
     env = envs.vector(s["env"], s["envs"], 0, threads=s["threads"])
     shape, actions = env.single_observation_space.shape, int(env.single_action_space.n)
-    online, target = (unit.network(shape, actions, agent.dueling) for _ in range(2))
-    target.set_weights(online.get_weights())
+    online, target = dqn.pair(lambda: unit.network(shape, actions, agent.dueling))
     optimizer = keras.optimizers.Adam(agent.lr, global_clipnorm=10)
     loop = dqn.Loop(2**62, agent.batch, s["warmup"], agent.every, agent.at_once, agent.target_every,
                     epsilon=(s["epsilon"], s["epsilon"], 1), report=s["turn"])  # fmt: skip

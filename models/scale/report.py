@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from course.core import InputError, cli, files, flags
+from course.core import InputError, cli, flags, report
 from models.scale import cost
 
 FOLDER = Path(__file__).parent
@@ -53,16 +53,7 @@ class Command:
 def main(argv):
     """Write or check the README's tables."""
     command = flags.read(Command(tyro.MISSING), argv, prog="python -m models.scale.report", description=Command.__doc__)
-    path = FOLDER / "README.md"
-    text = path.read_text() if path.is_file() else ""
-    fresh = readme_text(text)
-    if command.check:
-        if fresh != text:
-            print("models/scale/README.md is stale: run python -m models.scale.report readme")
-            raise SystemExit(1)
-    elif fresh != text:
-        files.write_atomic(path, fresh)
-        print("models/scale/README.md written")
+    report.refresh(FOLDER / "README.md", "models/scale/README.md", readme_text, "models.scale.report", command.check)
 
 
 if __name__ == "__main__":
