@@ -71,8 +71,20 @@ def test_a_setting_is_measured_in_a_process_of_its_own(tmp_path, capsys):
     assert measured["ms_least"] <= measured["ms"] <= measured["ms_most"] and measured["ms"] > 0
     assert measured["images_per_second"] == pytest.approx(4e3 / measured["ms"])
     assert measured["memory_mib"] > 0 and measured["speed_up"] is None and measured["device"] in found["devices"]
-    assert found["versions"]["keras"] == keras.__version__
+    assert found["versions"]["keras"] == keras.__version__ and "| day10 | 4 |" in benchmark.markdown(found)
     assert "mixed_float16" in capsys.readouterr().out
+
+
+def test_a_record_becomes_a_table():
+    rows = [row(policy, ms, memory, network="day10", images_per_second=8e3 / ms, tflops=0.0123, memory_of="peak")
+            for policy, ms, memory in (("float32", 10.0, 100.0), ("mixed_float16", 4.0, None))]  # fmt: skip
+    record = {"rows": benchmark.gains(rows), "versions": {"keras": "3", "tensorflow": "2"}, "backend": "tensorflow",
+              "devices": ["a processor"], "command": "python -m it"}  # fmt: skip
+    lines = benchmark.markdown(record).splitlines()
+    assert lines[:2] == ["a processor; Keras 3 on tensorflow 2; 8 images of 32 x 32 a step.", "`python -m it`"]
+    assert lines[5:7] == ["| day10 | 16 | float32 | no | 10.0 | 800 | 0.0123 | 100 | 1.00 | 100% |",
+                          "| day10 | 16 | mixed_float16 | no | 4.0 | 2,000 | 0.0123 |  | 2.50 |  |"]  # fmt: skip
+    assert lines[-1] == "Memory is the peak."
 
 
 def test_a_process_that_fails_says_why_in_a_line():

@@ -13,13 +13,15 @@ import importlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
 
-from course.core import InputError, cli, files, flags
+from course.core import InputError, cli, files, flags, runtime
+from course.core.experiment import to_json
 
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
 NETWORKS = ("day04", "day10")
@@ -251,6 +253,31 @@ def line(row):
             f"  {row['memory_mib'] or math.nan:8.0f} MiB{faster}")  # fmt: skip
 
 
+def markdown(record):
+    """A record as the table of a README."""
+    first, versions = record["rows"][0], record["versions"]
+    by = f"Keras {versions['keras']} on {record['backend']} {versions[record['backend']]}"
+    lines = [
+        f"{', '.join(record['devices'])}; {by}; {first['batch']} images of {first['side']} x {first['side']} a step.",
+        f"`{record['command']}`",
+        "",
+        "| network | width | policy | XLA | ms | images/s | TFLOP/s | MiB | times float32's speed | of its memory |",
+        "|---" * 10 + "|",
+    ]
+    for row in record["rows"]:
+        cells = (
+            row["network"], row["width"], row["policy"], "yes" if row["xla"] else "no", f"{row['ms']:.1f}",
+            f"{row['images_per_second']:,.0f}", f"{row['tflops']:.3g}", _number(row["memory_mib"], ",.0f"),
+            _number(row["speed_up"], ".2f"), _number(row["memory_share"], ".0%"),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, "", f"Memory is the {first['memory_of']}."])
+
+
+def _number(value, form):
+    return "" if value is None else f"{value:{form}}"
+
+
 def _versions():
     found = {}
     for name in ("keras", "tensorflow", "jax", "jaxlib", "numpy"):
@@ -278,7 +305,8 @@ def main(argv):
     options = flags.read(Benchmark(), argv, prog="python -m models.scale.benchmark", description=__doc__)
     found = run(options)
     if options.record:
-        files.write_atomic(Path(options.record), json.dumps(found, indent=1) + "\n")
+        found |= {"command": shlex.join(["python", "-m", "models.scale.benchmark", *argv]), "commit": runtime.commit()}
+        files.write_atomic(Path(options.record), to_json(found))
         print(f"record: {options.record}")
 
 
