@@ -26,7 +26,7 @@ lint: $(VENV)/installed
 docs: $(VENV)/installed
 	@$(VENV)/bin/python -m course.core.report readme
 	@$(VENV)/bin/python -m compression.report readme
-	@$(VENV)/bin/python -m models.scale.report readme
+	@$(VENV)/bin/python -m models.report readme
 	@$(VENV)/bin/python -m colab.build
 
 # The stamp is written last: an installation that was cut off is done again.

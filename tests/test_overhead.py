@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from course.core.errors import InputError
-from models.scale import overhead, report
+from models import report
+from models.scale import overhead
 
 SMALL = overhead.Overhead(pairs=1, images=96, width=2, batch=32, epochs=2)
 
@@ -67,7 +68,7 @@ def test_the_command_records_and_its_exit_status_is_the_bound(monkeypatch, tmp_p
         found = json.loads(record.read_text())
         assert found["met"] is not bool(code) and found["summary"]["ratio"] == pytest.approx(core)
         assert found["options"]["pairs"] == 2 and found["hardware"]["cores"] >= 1
-        text = report.readme_text("<!-- overhead:begin -->\n<!-- overhead:end -->", tmp_path)
+        text = report.readme_text("<!-- overhead:begin -->\n<!-- overhead:end -->", "scale", tmp_path)
         assert ("**missed**" if code else "| met |") in text and f"| {core:.3f} |" in text
 
 

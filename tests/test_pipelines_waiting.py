@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from course.core.errors import InputError
-from models.scale import pipelines, report
+from models import report
+from models.scale import pipelines
 
 WITHIN = 0.02  # seconds that the tests' steps and batches take
 
@@ -152,7 +153,7 @@ def test_the_command_records_and_its_exit_status_is_the_bound(monkeypatch, tmp_p
     found = json.loads(record.read_text())
     assert found["met"] is True and [row["variant"] for row in found["rows"]] == list(pipelines.VARIANTS)
     assert found["hardware"]["cores"] >= 1 and "--rounds 1" in found["command"]
-    text = report.readme_text("<!-- pipelines:begin -->\n<!-- pipelines:end -->", tmp_path)
+    text = report.readme_text("<!-- pipelines:begin -->\n<!-- pipelines:end -->", "scale", tmp_path)
     assert "| day04_cnn | 4x2 |" in text and "| met |" in text
 
     monkeypatch.setattr(pipelines, "UNITS", {"day04_cnn": adapter(WITHIN)})
@@ -160,7 +161,7 @@ def test_the_command_records_and_its_exit_status_is_the_bound(monkeypatch, tmp_p
         pipelines.main([*words, str(record)])
     assert ended.value.code == 1 and "missed: day04_cnn, waiting / step" in capsys.readouterr().err
     assert json.loads(record.read_text())["met"] is False
-    assert "**missed**" in report.readme_text(text, tmp_path)
+    assert "**missed**" in report.readme_text(text, "scale", tmp_path)
 
 
 def test_a_variant_that_does_not_fit_is_said_to_be_left_out(capsys):

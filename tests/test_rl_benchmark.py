@@ -46,6 +46,18 @@ def test_the_round_with_the_median_ratio_counts_against_the_fastest_rival():
     assert not missed.met
 
 
+def test_a_record_becomes_a_table(tmp_path, monkeypatch, capsys):
+    rates = {"ours": [30.0, 20.0, 40.0], "loop": [10.0] * 3, "processes": [5.0] * 3, "one thread": [9.0] * 3}
+    versions = [{"tensorflow": "2", "keras": "3"}, {"stable_baselines3": "4", "torch": "5"}]
+    monkeypatch.setattr(benchmark, "measure", lambda task, options: (rates, versions))
+    path = tmp_path / "record.json"
+    benchmark.main(["--tasks", "dqn", "--rounds", "3", "--sb3", sys.executable, "--record", str(path)])
+    table = benchmark.markdown(json.loads(path.read_text())).splitlines()
+    assert "TensorFlow 2, Keras 3; Stable-Baselines3 4, PyTorch 5. `python -m models.rl.benchmark" in table[0]
+    assert table[2] == "| task, steps/s | ours | loop | processes | one thread | ratio | of the rounds | bound | |"
+    assert table[4:] == ["| DQN, ALE/Pong-v5 | 30 | 10 | 5 | 9 | 3.00 | 2.00 to 4.00 | >= 1.3 | met |"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -90,8 +102,8 @@ def test_trainings_are_compared_task_by_task_and_resumed(tmp_path, monkeypatch, 
     unit = SimpleNamespace(MUJOCO=None, trial=lambda run, label, env, *rest: calls.append(label) or
                            {"mean": {"HalfCheetah-v5": 5.0, "Hopper-v5": 7.0}[env]})  # fmt: skip
     monkeypatch.setattr(returns, "importlib", SimpleNamespace(import_module=lambda name: unit))
-    monkeypatch.setattr(returns, "rival", lambda cfg, recipe, env, seed: calls.append((env, seed)) or
-                        {"mean": 6.0, "steps": 4_096, "versions": {"torch": "2"}})  # fmt: skip
+    theirs = {"mean": 6.0, "steps": 4_096, "versions": {"stable_baselines3": "3", "torch": "2"}}
+    monkeypatch.setattr(returns, "rival", lambda cfg, recipe, env, seed: calls.append((env, seed)) or theirs)
     words = ["--sb3", sys.executable, "--runs", str(tmp_path), "--trials", "2"]
     with pytest.raises(SystemExit) as ended:
         returns.main(words)
@@ -105,7 +117,12 @@ def test_trainings_are_compared_task_by_task_and_resumed(tmp_path, monkeypatch, 
     (folder,) = (tmp_path / "rl_returns").iterdir()
     record = json.loads((folder / "result.json").read_text())
     assert record["metrics"]["Hopper-v5, ours"] == 7
-    assert record["rival"] == {"torch": "2"}
+    assert record["rival"] == {"stable_baselines3": "3", "torch": "2"}
+    table = returns.markdown(record).splitlines()
+    assert table[0].endswith(f"PyTorch 2. `{record['command']}`")
+    assert table[4:6] == ["| HalfCheetah-v5 | ours | 4,096 | 5 | 5, 5 | -1 to -1 | **less** |",
+                          "| HalfCheetah-v5 | Stable-Baselines3 | 4,096 | 6 | 6, 6 | 1 to 1 |  |"]  # fmt: skip
+    assert table[6].endswith("| no less |")
 
 
 def test_a_rival_that_is_not_there_is_one_line(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from course.core.errors import InputError
-from models.scale import cost, report
+from models.scale import cost
 
 
 def by(rows, gpus, scheme):
@@ -169,18 +169,3 @@ def test_the_command(capsys):
     cost.main(["--gpus", "256", "--gbit", "10"])
     said = capsys.readouterr().out
     assert "ResNet-50, 10 Gbit/s" in said and "halving/doubling, each tensor" in said and "VGG-16" in said
-
-
-def test_the_readme_is_fresh():
-    text = (report.FOLDER / "README.md").read_text()
-    assert report.readme_text(text) == text, "run python -m models.scale.report readme"
-
-
-def test_the_readme_is_written_from_the_records(tmp_path):
-    text = "a\n<!-- cost:begin -->\nold\n<!-- cost:end -->\nb\n<!-- overhead:begin -->\n<!-- overhead:end -->\nc\n"
-    fresh = report.readme_text(text, tmp_path)
-    assert cost.markdown(cost.table()) in fresh and "old" not in fresh
-    assert fresh.endswith("b\n<!-- overhead:begin -->\nNothing is recorded yet.\n<!-- overhead:end -->\nc\n")
-    assert report.readme_text(fresh, tmp_path) == fresh
-    with pytest.raises(InputError, match="cost:begin"):
-        report.readme_text("no place", tmp_path)

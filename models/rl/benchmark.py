@@ -15,6 +15,8 @@ import importlib
 import json
 import multiprocessing
 import os
+import shlex
+import statistics
 import subprocess
 import tempfile
 from pathlib import Path
@@ -217,6 +219,27 @@ def against(task, rates):
     return ratio, [a / b for a, b in pairs]
 
 
+def markdown(record):
+    """A record as the table of a README: all programs, the ratio of the median round, the bound."""
+    hardware, tasks = record["hardware"], [task for task in SETTINGS if task in record]
+    ours, theirs = record[tasks[0]]["versions"]
+    lines = [
+        f"{hardware['cpu']}, {hardware['cores']} cores; TensorFlow {ours['tensorflow']}, Keras {ours['keras']};"
+        f" Stable-Baselines3 {theirs['stable_baselines3']}, PyTorch {theirs['torch']}. `{record['command']}`",
+        "",
+        f"| task, steps/s | {' | '.join((OURS, *RIVALS))} | ratio | of the rounds | bound | |",
+        "|---" * (6 + len(RIVALS)) + "|",
+    ]
+    for task in tasks:
+        one = record[task]
+        middle = (f"{statistics.median(one['rates'][name]):,.0f}" for name in (OURS, *RIVALS))
+        rounds = f"{one['ratios'][0]:.2f} to {one['ratios'][-1]:.2f}"
+        cells = (one["what"], *middle, f"{one['value']:.2f}", rounds, f">= {one['bound']}",
+                 "met" if one["met"] else "**missed**")  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(argv):
     options = flags.read(Benchmark(), argv, prog="python -m models.rl.benchmark", description=__doc__)
     if unknown := set(options.tasks) - set(SETTINGS):
@@ -225,7 +248,7 @@ def main(argv):
         raise InputError(f"--rounds {options.rounds}: give an odd number, so that one round has the median ratio")
     if not Path(options.sb3).exists():
         raise InputError(f"{options.sb3} is not there: make rl-benchmark builds it")
-    found, record = [], {"options": dataclasses.asdict(options), "settings": SETTINGS}
+    found, load, record = [], os.getloadavg(), {"options": dataclasses.asdict(options), "settings": SETTINGS}
     for task in options.tasks:
         rates, versions = measure(task, options)
         ratio, spread = against(task, rates)
@@ -237,7 +260,8 @@ def main(argv):
         rounds = ", ".join(f"{value:.2f}" for value in record[task]["ratios"])
         print(f"{task}: ratios of the rounds {rounds}")
     if options.record:
-        record |= {"hardware": runtime.hardware(), "commit": runtime.commit()}
+        command = shlex.join(["python", "-m", "models.rl.benchmark", *argv])
+        record |= {"hardware": runtime.hardware(), "commit": runtime.commit(), "load": load, "command": command}
         files.write_atomic(options.record, to_json(record))
     bounds.conclude(found)
 

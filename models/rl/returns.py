@@ -95,6 +95,26 @@ def show(rows):
     return worse
 
 
+def markdown(record):
+    """A record as the table of a README."""
+    hardware, versions, rival = record["hardware"], record["versions"], record["rival"]
+    lines = [
+        f"{hardware['cpu']}, {hardware['cores']} cores; TensorFlow {versions['tensorflow']}, Keras {versions['keras']};"
+        f" Stable-Baselines3 {rival['stable_baselines3']}, PyTorch {rival['torch']}. `{record['command']}`",
+        "",
+        "| task | program | steps | mean return | of the runs | above the other, 95 % | |",
+        "|---" * 7 + "|",
+    ]
+    for ours, other in zip(*[iter(record["tables"]["returns"])] * 2, strict=True):
+        for row in (ours, other):
+            verdict = "" if row is other else "no less" if ours["mean return"] >= other["mean return"] else "**less**"
+            cells = (row["environment"], row["program"], f"{row['steps']:,}", f"{row['mean return']:,.0f}",
+                     ", ".join(f"{value:,.0f}" for value in row["runs"]),
+                     " to ".join(f"{end:,.0f}" for end in row["above the other"] or []), verdict)  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(argv=None):
     """Read the command, train what is not trained yet, compare, show and record."""
     argv = [*(sys.argv[1:] if argv is None else argv)]
