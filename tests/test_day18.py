@@ -11,7 +11,7 @@ import tensorflow as tf
 from course import core
 from course import day18_ppo as day18
 from course.core import catalogue
-from models.rl import policies, ppo, rollout
+from models.rl import curves, policies, ppo, rollout
 from models.rl.provenance import provenance
 
 RECIPE = day18.Recipe(normalise_advantages=False)
@@ -298,4 +298,4 @@ def test_the_speed_is_the_median_of_updates_that_did_not_compile(tmp_path, monke
     logs[:, -1] = np.nan
     found = day18.trial(run, "arm", "InvertedPendulum-v5", SMALL, 0, 0, 2)
     assert np.isnan(found["steps_per_second"])
-    assert np.isnan(day18.row("arm", "x", 1, [found])["steps_per_second"])
+    assert np.isnan(curves.row("arm", "x", 1, [found])["steps_per_second"])

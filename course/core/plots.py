@@ -164,14 +164,19 @@ def confusion(matrix, labels, *, title=""):
     return figure
 
 
-def bars(values, *, title="", ylabel="", errors=None, form="{:.3g}", size=None):
-    """A bar a name (`values`: name -> number) with its value beside it; `errors`: name -> half-width of an interval."""
+def bars(values, *, title="", ylabel="", errors=None, form=None, size=None):
+    """A bar a name (`values`: name -> number) with its value beside it; `errors`: name -> half-width of an interval.
+
+    form: of the value, as "{:.1f}"; by default three digits, or the whole number where that has more.
+    """
     figure, axes = plt.subplots(figsize=size or (5.6, 0.9 + 0.24 * len(values)))
     names = list(values)[::-1]  # the first on top
     widths = [errors[name] for name in names] if errors else None
     drawn = axes.barh(names, [values[name] for name in names], xerr=widths, capsize=3)
-    axes.bar_label(drawn, labels=[form.format(values[name]) for name in names], fontsize=8, padding=3)
-    axes.margins(x=0.1)
+    forms = [form or ("{:,.0f}" if abs(values[name]) >= 1000 else "{:.3g}") for name in names]
+    labels = [one.format(values[name]) for one, name in zip(forms, names, strict=True)]
+    axes.bar_label(drawn, labels=labels, fontsize=8, padding=3)
+    axes.margins(x=0.1 if min(values.values()) >= 0 else 0.2)  # the value of a negative bar stands to its left
     axes.grid(visible=False, axis="y")
     axes.set(title=title, xlabel=ylabel)
     return figure

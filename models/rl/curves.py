@@ -27,3 +27,11 @@ def running(values, window, at):
     until = np.minimum(at, len(values))
     since = np.maximum(until - window, 0)
     return (sums[until] - sums[since]) / (until - since)
+
+
+def row(label, name, steps, runs):
+    """A row of a table of returns: `runs`, each {"mean", "steps_per_second"}, of arm `label` in environment `name`."""
+    means = [one["mean"] for one in runs]
+    return {"environment": name, "arm": label, "steps": steps, "runs": len(runs), "mean return": np.mean(means),
+            "deviation": np.std(means), "worst run": min(means),
+            "steps_per_second": np.mean([one["steps_per_second"] or np.nan for one in runs])}  # fmt: skip
