@@ -296,7 +296,7 @@ def train_deep(run, parts, cfg, classes):
     trained, rising = keras.Sequential([keras.Input(x.shape[1:]), *augment, model]), cfg.epochs * steps // 5
     rate = keras.optimizers.schedules.CosineDecay(0.2 * cfg.peak, cfg.epochs * steps - rising, alpha=0.02,
                                                   warmup_target=cfg.peak, warmup_steps=rising)  # fmt: skip
-    trained.compile(keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    trained.compile(core.runtime.scaled(keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=5e-4)),
                     keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1),
                     metrics=["accuracy"], jit_compile=core.runtime.jit())  # fmt: skip
     resume, pair = run.checkpoint(trained, "deep"), (x, one_hot[parts.y_train])

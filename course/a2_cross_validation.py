@@ -93,8 +93,8 @@ def build_model(inputs, folds, classes, *, rate, width, depth, dropout, decay):
         x = keras.layers.Reshape((folds, width))(x)
         x = keras.layers.Dropout(dropout)(keras.layers.ReLU()(x))
     model = keras.Model(images, FoldDense(classes, dtype="float32")(x))
-    cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.AdamW(rate, weight_decay=decay), cross_entropy, jit_compile=core.runtime.jit())
+    loss, adam = keras.losses.SparseCategoricalCrossentropy(from_logits=True), keras.optimizers.AdamW(rate, decay)
+    model.compile(core.runtime.scaled(adam), loss, jit_compile=core.runtime.jit())
     model.optimizer.build(model.trainable_variables)  # else Keras would trace the training step twice
     return model
 

@@ -283,9 +283,9 @@ def train(run, cfg, name, model, design, parts, images, epochs, every):
     x, y, steps = parts.x_train[:images], parts.y_train[:images], min(images, len(parts.x_train)) // cfg.batch
     change = [layers.RandomFlip("horizontal"), layers.RandomTranslation(1 / 8, 1 / 8, fill_mode="constant")]
     whole = keras.Sequential([keras.Input(x.shape[1:]), *(change if design.augment else []), model])
-    optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(cfg.lr, steps * epochs))
+    adam = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(cfg.lr, steps * epochs))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    whole.compile(optimizer, loss, metrics=["accuracy"], jit_compile=core.runtime.jit())
+    whole.compile(core.runtime.scaled(adam), loss, metrics=["accuracy"], jit_compile=core.runtime.jit())
     resume = run.checkpoint(whole, name)
     stream = core.data.batches((x, y), cfg.batch, seed=cfg.seed, first_epoch=resume.epoch, epochs=epochs)
     whole.fit(stream, steps_per_epoch=steps, initial_epoch=resume.epoch, epochs=epochs, verbose=0,

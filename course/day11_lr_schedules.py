@@ -249,7 +249,7 @@ def train(model, parts, rates, momenta, seed, epochs, cfg, callbacks=()):
     """
     keras.utils.set_random_seed(seed)
     model.set_weights(build_model(parts, model.output_shape[-1], cfg).get_weights())
-    model.optimizer.start(rates, momenta)
+    schedules.begin(model, rates, momenta)
     losses, steps = schedules.Losses(), len(parts.x_train) // cfg.batch
     stream = core.data.batches((parts.x_train, parts.y_train), cfg.batch, seed=seed, epochs=epochs)
     history = model.fit(stream, epochs=epochs, steps_per_epoch=steps, validation_data=(parts.x_val, parts.y_val),

@@ -205,11 +205,11 @@ def draw(decoder):
 def build_trainer(cfg, encoder, decoder, digits=1):
     """The compiled model (image, labels [B,digits]) -> lengths [B,10], pixels [B,digits,side * side]."""
     labels = keras.Input((digits,), dtype="int32", name="labels")
-    found = encoder.output
-    outputs = {"lengths": found["lengths"], "pixels": decoder(masked(found["capsules"], labels))}
+    outputs = {"lengths": encoder.output["lengths"], "pixels": decoder(masked(encoder.output["capsules"], labels))}
     trainer = keras.Model([encoder.input, labels], outputs)
-    trainer.compile(keras.optimizers.Adam(cfg.lr), {"lengths": margin_loss, "pixels": squared_error},
-                    loss_weights={"lengths": 1.0, "pixels": cfg.reconstruct}, jit_compile=core.runtime.jit(),
+    trainer.compile(core.runtime.scaled(keras.optimizers.Adam(cfg.lr)), jit_compile=core.runtime.jit(),
+                    loss={"lengths": margin_loss, "pixels": squared_error},
+                    loss_weights={"lengths": 1.0, "pixels": cfg.reconstruct},
                     metrics={"lengths": "sparse_categorical_accuracy"} if digits == 1 else None)  # fmt: skip
     return trainer
 

@@ -125,7 +125,7 @@ def augmented(cfg, classifier, rate, steps):
     warm = max(1, steps // 20)
     schedule = keras.optimizers.schedules.CosineDecay(0.0, max(1, steps - warm), warmup_target=rate, warmup_steps=warm)
     model.compile(
-        keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True, weight_decay=5e-4),
+        core.runtime.scaled(keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True, weight_decay=5e-4)),
         keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.05),
         metrics=["accuracy"],
         jit_compile=core.runtime.jit(),

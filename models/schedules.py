@@ -44,9 +44,23 @@ class Momentum(keras.optimizers.SGD):
 def ready(model, table, steps):
     """Compile a classifier with `Momentum` of that table, `steps` of it in each call of the train function."""
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(Momentum(table), loss, metrics=["accuracy"], steps_per_execution=steps, jit_compile=runtime.jit())
+    optimizer = runtime.scaled(Momentum(table))
+    model.compile(optimizer, loss, metrics=["accuracy"], steps_per_execution=steps, jit_compile=runtime.jit())
     model.optimizer.build(model.trainable_variables)
     return model
+
+
+def momentum(model):
+    """The `Momentum` of a model that is `ready`, which in float16 stands inside the loss scaling."""
+    return getattr(model.optimizer, "inner_optimizer", model.optimizer)
+
+
+def begin(model, rates, momenta):
+    """Forget the training that was, its loss scale included, and follow these rates and momenta [steps]."""
+    if momentum(model) is not model.optimizer:
+        model.optimizer.dynamic_scale.assign(model.optimizer.initial_scale)
+        model.optimizer.step_counter.assign(0)
+    momentum(model).start(rates, momenta)
 
 
 class Losses(keras.callbacks.Callback):
@@ -92,7 +106,7 @@ class OnPlateau(keras.callbacks.Callback):
         if self.waited >= self.patience:
             self.waited = 0
             self.rates[(epoch + 1) * self.steps :] /= 3
-            table = self.model.optimizer.rates
+            table = momentum(self.model).rates
             table.assign(np.pad(self.rates.astype(np.float32), (0, table.shape[0] - len(self.rates))))
 
 

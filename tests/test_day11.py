@@ -127,3 +127,23 @@ def test_the_rate_falls_where_the_validation_loss_stays():
         watch.on_epoch_end(epoch, {"val_loss": loss})
     np.testing.assert_allclose(rates, [1] * 8 + [1 / 3] * 2)  # the fourth epoch was the second without progress
     np.testing.assert_allclose(optimizer.rates.numpy(), [1] * 8 + [1 / 3] * 2 + [0] * 2)
+
+
+def test_a_training_in_float16_begins_with_the_scale_that_the_first_had(monkeypatch):
+    monkeypatch.setattr(schedules.runtime, "jit", lambda: False)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = schedules.ready(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, dtype="float32")]), 8, 1)
+    finally:
+        keras.config.set_dtype_policy(before)
+    weights, x = model.get_weights(), np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    curves = []
+    for _ in range(2):
+        model.set_weights(weights)
+        schedules.begin(model, [0.5] * 4, [0.9] * 4)
+        assert float(model.optimizer.dynamic_scale) == model.optimizer.initial_scale
+        curves.append([model.train_on_batch(x, np.array([0, 1, 0, 1]))[0] for _ in range(4)])
+        model.optimizer.dynamic_scale.assign(1e30)  # as if this had come of it
+    assert curves[0] == curves[1] and curves[0][-1] < curves[0][0]
+    assert float(schedules.momentum(model).rates[0]) == 0.5

@@ -36,7 +36,7 @@ def cnn(shape, classes, width, params, lr):
     if abs(model.count_params() / params - 1) > 0.01:
         raise core.InputError(f"no CNN of width {width} has {params:,} parameters: change --width or --capsules")
     model.compile(
-        keras.optimizers.Adam(lr),
+        core.runtime.scaled(keras.optimizers.Adam(lr)),
         "sparse_categorical_crossentropy",
         metrics=["sparse_categorical_accuracy"],
         jit_compile=core.runtime.jit(),
