@@ -222,16 +222,15 @@ def row_of(trial):
     values, metrics = trial.hyperparameters.values, trial.metrics
     row = {"trial": trial.trial_id, "from": values.get("tuner/trial_id")} | {name: values[name] for name in SPACE}
     row |= {name: metrics.get_last_value(name) for name in metrics.metrics}
-    row["epochs"] = int(row["epochs"])
-    return row | {"spent": row["epochs"] - values.get("tuner/initial_epoch", 0)}
+    return row | {"epochs": int(row["epochs"]), "spent": int(row["epochs"]) - values.get("tuner/initial_epoch", 0)}
 
 
 def search(name, oracle, space, parts, cfg, folder):
     """Run the search to its end, from where it was -> its trials as rows, in the order in which they were run."""
-    classes = int(parts.y.max()) + 1
 
     def build(hp):
-        return build_model(parts.x.shape[1], cfg.folds, classes, **draw(hp, space))
+        with parts.strategy.scope():
+            return build_model(parts.x.shape[1], cfg.folds, int(parts.y.max()) + 1, **draw(hp, space))
 
     with contextlib.redirect_stdout(io.StringIO()):  # it has a word to say when it goes on with a search
         tuner = FoldTuner(oracle, build, directory=str(folder), project_name=name)
@@ -301,7 +300,7 @@ def draw_settings(searches):
 # %%
 def main(argv=None):
     options, cfg = core.parse(Config, PRESETS, argv)
-    with core.run("a2_cross_validation", options, cfg) as run:
+    with core.run("a2_cross_validation", options, cfg, scope=False) as run:  # clear_session would lose it
         data = core.data.load(cfg.data, stand_in=cfg.stand_in)
         images = core.data.three_way(data, cfg.images, cfg.audit, len(data.x_test))
         x = halve(images.x_train)
@@ -309,7 +308,7 @@ def main(argv=None):
                               for part in (images.x_train, images.x_val, images.x_test))  # fmt: skip
         train, held = fold_rows(cfg.images, cfg.folds, np.random.default_rng(cfg.seed))
         parts = types.SimpleNamespace(x=x, y=images.y_train, train=train, held=held, x_audit=x_audit,
-                                      y_audit=images.y_val)  # fmt: skip
+                                      y_audit=images.y_val, strategy=run.strategy)  # fmt: skip
 
         def searched(name, oracle, seed, space=SPACE, **options):
             proposes = oracle(keras_tuner.Objective("accuracy", "max"), seed=cfg.seed + seed,
@@ -325,7 +324,8 @@ def main(argv=None):
         searches = {"random": random, "coarse_to_fine": coarse + fine, "halving": halving}
         chosen = best(row for row in halving + random + fine if row["epochs"] == cfg.epochs)
         keras.utils.set_random_seed(cfg.seed)  # last, as many networks, each of them on all the images
-        final = build_model(x.shape[1], cfg.folds, len(data.labels), **{name: chosen[name] for name in SPACE})
+        with run.strategy.scope():
+            final = build_model(x.shape[1], cfg.folds, len(data.labels), **{name: chosen[name] for name in SPACE})
         fit(final, x, images.y_train, np.repeat(np.arange(len(x))[:, None], cfg.folds, axis=1), 0, cfg.epochs, cfg)
         test, rng = accuracies(final, x_test, images.y_test), np.random.default_rng((cfg.seed, 1))
         costs = {"one hold-out part": optimism(random, "first_fold", "audit_first_fold", rng),

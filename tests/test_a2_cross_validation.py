@@ -8,6 +8,7 @@ import keras_tuner
 import numpy as np
 import pytest
 import scipy.stats
+import tensorflow as tf
 from keras_tuner import oracles
 
 from course import a2_cross_validation as search
@@ -24,7 +25,8 @@ def parts_of(rng, count=60, folds=3):
     y = rng.integers(0, 3, 2 * count)
     x = (np.eye(8)[y] * 4 + rng.standard_normal((2 * count, 8))).astype(np.float32)
     train, held = search.fold_rows(count, folds, rng)
-    return types.SimpleNamespace(x=x[:count], y=y[:count], train=train, held=held, x_audit=x[count:], y_audit=y[count:])
+    return types.SimpleNamespace(x=x[:count], y=y[:count], train=train, held=held, x_audit=x[count:], y_audit=y[count:],
+                                 strategy=tf.distribute.get_strategy())  # fmt: skip
 
 
 def test_every_image_is_held_out_once_and_trained_on_by_the_other_folds(rng):
