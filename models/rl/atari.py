@@ -10,6 +10,7 @@ import cv2
 import gymnasium
 import numpy as np
 
+from course.core.errors import InputError
 from models.rl import envs
 
 HUMAN = {  # score of random play and of a human tester: Mnih et al. 2015, Extended Data Table 2
@@ -22,6 +23,23 @@ def human_share(name, score):
     """The human-normalised score: how far `score` is on the way from random play, 0, to a human tester, 1."""
     least, human = HUMAN[name]
     return (score - least) / (human - least)
+
+
+def scores(name, judged, chance):
+    """Metrics in the game `name` of a policy, `judged` as `evaluate.evaluate` does, beside random actions, `chance`.
+
+    The policy's mean score and its interval, the human-normalised score in per cent where that is known, chance's.
+    """
+    human = {"human_normalised": 100 * human_share(name, judged["mean"])} if name in HUMAN else {}
+    low, high = judged["interval"]
+    return {"score": judged["mean"], **human, "score_at_random": chance["mean"], "score_low": low, "score_high": high}
+
+
+def require(flag, name):
+    """Raise `InputError`, in the name of the command line's `flag`, unless `name` is one of the ALE's games."""
+    if not name.startswith("ALE/"):
+        raise InputError(f"{flag} {name}: choose an Atari game, such as ALE/Pong-v5")
+    envs.specification(name)
 
 
 def make(name, *, stack=4, noop_max=30, frameskip=4, episodic_life=True, reward_clipping=True, fire_reset=True,

@@ -74,7 +74,9 @@ def switches(run, found, table, over):
     titles = {"return of the last 100 episodes": "return", "what Q expects": "estimate"}
     curves = {title: {name: [one[key] for one in runs] for name, runs in found.items()}
               for title, key in titles.items()}  # fmt: skip
-    run.figure("switches", plots.panels(curves, x=step, xlabel="steps", legend="side", title=BAND))
+    figure = plots.panels(curves, x=step, xlabel="steps", legend="side", title=BAND)
+    figure.axes[1].set_ylim(0, 200)  # nothing is worth more than 100; what diverges leaves the picture
+    run.figure("switches", figure)
     means, errors = ({row["arm"]: row[key] for row in table} for key in ("score", "deviation"))
     run.figure("scores", plots.bars(means, errors=errors, ylabel="mean return of the trained policy on CartPole"))
     pairs = {name: {key: [one[key] for one in found[name]] for key in ("estimate", "realised")}
