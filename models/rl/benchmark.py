@@ -35,7 +35,7 @@ SETTINGS = {  # what both sides are told; epsilon stays where most of a training
             "target_every": 250, "epsilon": 0.05, "turn": 800},
     "ppo": {"env": "HalfCheetah-v5", "envs": 4, "steps": 512, "batch": 64, "epochs": 10, "turn": 4_096, "seed": 0,
             "lr": 3e-4, "anneal": False, "adam_epsilon": 1e-5, "gamma": 0.99, "lam": 0.95, "clip": 0.2,
-            "entropy_weight": 0.0, "value_weight": 0.5, "clip_norm": 0.5},
+            "entropy_weight": 0.0, "value_weight": 1.0, "clip_norm": 0.5},
 }  # fmt: skip
 
 
