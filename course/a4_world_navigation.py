@@ -209,6 +209,14 @@ def chief(cfg):
     return BEST if BEST in cfg.arms else cfg.arms[-1]
 
 
+# %% [markdown]
+# ## What came out
+# With both mends the agent collects 21.6 of the 23.1 that are possible, 93 %, the worst of three runs 91 %; but so does
+# the plain one: the four arms lie between 92 and 94 %, and their runs differ by as much.  All believe in 0.3 more than
+# they get.  Nothing here is noisy enough for a mend to matter.  A walker that is told where the goals are and always
+# takes the nearest collects 22.5: what the network is short of is a little of the seeing, and a little of the planning.
+
+
 # %%
 def check(cfg):
     """Raise `InputError` where a setting cannot be run."""
