@@ -219,13 +219,19 @@ def against(task, rates):
     return ratio, [a / b for a, b in pairs]
 
 
+def told(record, ours, theirs):
+    """A line for a README: the machine, the versions of both programs' libraries, the command."""
+    hardware = record["hardware"]
+    return (f"{hardware['cpu']}, {hardware['cores']} cores; TensorFlow {ours['tensorflow']}, Keras {ours['keras']};"
+            f" Stable-Baselines3 {theirs['stable_baselines3']}, PyTorch {theirs['torch']}."
+            f" `{record['command']}`")  # fmt: skip
+
+
 def markdown(record):
     """A record as the table of a README: all programs, the ratio of the median round, the bound."""
-    hardware, tasks = record["hardware"], [task for task in SETTINGS if task in record]
-    ours, theirs = record[tasks[0]]["versions"]
+    tasks = [task for task in SETTINGS if task in record]
     lines = [
-        f"{hardware['cpu']}, {hardware['cores']} cores; TensorFlow {ours['tensorflow']}, Keras {ours['keras']};"
-        f" Stable-Baselines3 {theirs['stable_baselines3']}, PyTorch {theirs['torch']}. `{record['command']}`",
+        told(record, *record[tasks[0]]["versions"]),
         "",
         f"| task, steps/s | {' | '.join((OURS, *RIVALS))} | ratio | of the rounds | bound | |",
         "|---" * (6 + len(RIVALS)) + "|",

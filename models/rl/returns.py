@@ -22,7 +22,7 @@ import numpy as np
 from course import core
 from course.core import bounds
 from models.rl import policies
-from models.rl.benchmark import OURS, theirs
+from models.rl.benchmark import OURS, theirs, told
 
 THEIRS = "Stable-Baselines3"
 
@@ -90,19 +90,21 @@ def show(rows):
     for ours, other in zip(rows[::2], rows[1::2], strict=True):
         if ours["mean return"] < other["mean return"]:
             worse.append(ours["environment"])
-    lines = [(row["environment"], row["program"], f"{row['steps']:,}", f"{row['mean return']:,.0f}",
-              ", ".join(f"{value:,.0f}" for value in row["runs"]),
-              " to ".join(f"{end:,.0f}" for end in row["above the other"] or [])) for row in rows]  # fmt: skip
-    bounds.table("", ("task", "program", "steps", "mean return", "runs", "above the other, 95 %"), lines)
+    bounds.table("", ("task", "program", "steps", "mean return", "runs", "above the other, 95 %"), [*map(_cells, rows)])
     return worse
+
+
+def _cells(row):
+    """A row of the table as texts."""
+    return (row["environment"], row["program"], f"{row['steps']:,}", f"{row['mean return']:,.0f}",
+            ", ".join(f"{value:,.0f}" for value in row["runs"]),
+            " to ".join(f"{end:,.0f}" for end in row["above the other"] or []))  # fmt: skip
 
 
 def markdown(record):
     """A record as the table of a README."""
-    hardware, versions, rival = record["hardware"], record["versions"], record["rival"]
     lines = [
-        f"{hardware['cpu']}, {hardware['cores']} cores; TensorFlow {versions['tensorflow']}, Keras {versions['keras']};"
-        f" Stable-Baselines3 {rival['stable_baselines3']}, PyTorch {rival['torch']}. `{record['command']}`",
+        told(record, record["versions"], record["rival"]),
         "",
         "| task | program | steps | mean return | of the runs | above the other, 95 % | |",
         "|---" * 7 + "|",
@@ -110,10 +112,7 @@ def markdown(record):
     for ours, other in zip(*[iter(record["tables"]["returns"])] * 2, strict=True):
         for row in (ours, other):
             verdict = "" if row is other else "no less" if ours["mean return"] >= other["mean return"] else "**less**"
-            cells = (row["environment"], row["program"], f"{row['steps']:,}", f"{row['mean return']:,.0f}",
-                     ", ".join(f"{value:,.0f}" for value in row["runs"]),
-                     " to ".join(f"{end:,.0f}" for end in row["above the other"] or []), verdict)  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {' | '.join((*_cells(row), verdict))} |")
     return "\n".join(lines)
 
 
