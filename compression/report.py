@@ -13,10 +13,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from course.core import InputError, bounds, cli, flags, report
+from course.core import bounds, cli, flags, report
 
 FOLDER = Path(__file__).parent
-MARKS = "<!-- results:begin -->", "<!-- results:end -->"
 ORIGINAL = "float"  # the arm that the others are held against
 FAILED = "failed: "  # so begins the "why" of an arm that went wrong, as opposed to one that does not fit the model
 BUSY = 1.5  # load average of the minute before the timing, our own making included, from which it is doubtful
@@ -248,15 +247,10 @@ def _cells(row):
 
 
 def readme_text(text, folder=None):
-    """`text` with what stands between its `MARKS` written anew from the records in `folder`."""
-    begin, end = MARKS
-    head, found, rest = text.partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not (found and closed):
-        raise InputError(f"the README has no line {begin} followed by {end}: put them in")
+    """`text` with its tables written anew from the records in `folder`."""
     folder = folder or FOLDER / "results"
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return f"{head}{begin}\n{markdown(records)}\n{end}{tail}"
+    return report.fill(text, "compression/README.md", {"results": lambda: markdown(records)})
 
 
 @dataclasses.dataclass

@@ -10,17 +10,15 @@ makes of its record, results/NAME.json, by its function `markdown`.
 import dataclasses
 import importlib
 import json
-import re
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from course.core import InputError, cli, flags, report
+from course.core import cli, flags, report
 
 FOLDER = Path(__file__).parent
-BLOCK = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 COMPUTED = {"models.scale.cost"}  # modules whose `table()` needs no record
 
 
@@ -40,11 +38,9 @@ def readme_text(text, package, results=None):
     results: folder of the records.  Raises `InputError` where the text has no place for a table.
     """
     results = results or FOLDER / package / "results"
-    fresh, found = BLOCK.subn(lambda place: f"{place[1]}{block(package, place[2], results)}\n{place[3]}", text)
-    if not found:
-        where = f"models/{package}/README.md"
-        raise InputError(f"{where} has no lines <!-- NAME:begin --> and <!-- NAME:end -->: put them in")
-    return fresh
+    modules = (Path(__file__).parent / package).glob("*.py")
+    makers = {path.stem: partial(block, package, path.stem, results) for path in modules}
+    return report.fill(text, f"models/{package}/README.md", makers)
 
 
 def packages():

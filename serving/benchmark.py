@@ -17,12 +17,13 @@ import subprocess
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rich.progress import track
 
-from course.core import InputError, bounds, cli, files, flags, runtime
+from course.core import InputError, bounds, cli, files, flags, report, runtime
 from course.core.bounds import Ratio
 from course.core.experiment import to_json
 from serving import client, load, pipeline, server
@@ -33,7 +34,6 @@ TAIL_BOUND = 2.5  # at most: p99 / p50
 KSERVE_BOUND = 4  # at least: answers a second at 64 clients / those of KServe's Python server
 CLIENTS = (1, 16, 64)
 TAIL = "ms: p99 / p50"
-MARKS = "<!-- benchmark -->", "<!-- /benchmark -->"
 SHAPE, CLASSES = (28, 28, 1), 10
 
 PLAIN, LITE, NONE, KSERVE = "SavedModel", "TFLite", "no model", "KServe"
@@ -443,15 +443,12 @@ def markdown(record):
 
 
 def write(path, record):
-    """Write a record as JSON, and as tables between the marks of a README.md beside it."""
+    """Write a record as JSON, and as the tables of a README.md beside it."""
     files.write_atomic(path, to_json(record))
     readme = path.parent / "README.md"
-    text = readme.read_text() if readme.is_file() else ""
-    begin, end = MARKS
-    if begin in text and end in text:
-        head, _, rest = text.partition(begin)
-        block = f"{begin}\n{markdown(json.loads(path.read_text()))}\n{end}"
-        files.write_atomic(readme, head + block + rest.partition(end)[2])
+    if readme.is_file():
+        tables = partial(markdown, json.loads(path.read_text()))
+        files.write_atomic(readme, report.fill(readme.read_text(), str(readme), {"benchmark": tables}))
 
 
 def main(argv):

@@ -855,11 +855,13 @@ def test_the_terminal_shows_every_arm(finished, capsys):
     assert "…" not in text
 
 
+MARKED = "a\n<!-- results:begin -->\n{}\n<!-- results:end -->\nb\n"
+
+
 def test_a_record_is_a_table_of_the_readme(finished, tmp_path):
     _, record, rows = finished
-    begin, end = report.MARKS
-    text = f"a {begin} old {end} b\n"
-    assert report.readme_text(text, tmp_path) == f"a {begin}\nNothing is recorded yet.\n{end} b\n"
+    text = MARKED.format("old")
+    assert report.readme_text(text, tmp_path) == MARKED.format("Nothing is recorded yet.")
     (tmp_path / "net.json").write_text(json.dumps(record))
     shown = report.readme_text(text, tmp_path)
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in shown.splitlines() if line.startswith("| ")}
@@ -871,13 +873,13 @@ def test_a_record_is_a_table_of_the_readme(finished, tmp_path):
     record |= {"load": {"before": [2.25, 1, 1], "after": [1, 1, 1]}}
     shown = report.markdown([record])
     assert shown.splitlines()[-1].endswith("| **missed** |") and "its load 2.2 beforehand" in shown
-    with pytest.raises(core.InputError, match="the README has no line"):
+    with pytest.raises(core.InputError, match=r"compression/README\.md has no lines"):
         report.readme_text("a b", tmp_path)
 
 
 def test_readme_check_tells_drift(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "FOLDER", tmp_path)
-    (tmp_path / "README.md").write_text(" and ".join(report.MARKS))
+    (tmp_path / "README.md").write_text(MARKED.format("old"))
     with pytest.raises(SystemExit) as exit:
         report.main(["readme", "--check"])
     assert exit.value.code == 1

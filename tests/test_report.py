@@ -194,7 +194,7 @@ def test_a_missing_figure_leaves_what_was_published(tmp_path, publish):
 
 # --- the README ------------------------------------------------------------------------------------------------------
 
-README = "# Title\n\nbefore\n\n<!-- catalogue -->\nold | text\n<!-- /catalogue -->\n\nafter\n"
+README = "# Title\n\nbefore\n\n<!-- catalogue:begin -->\nold | text\n<!-- catalogue:end -->\n\nafter\n"
 
 
 def test_readme_block_is_written_and_stays(tmp_path, unit, publish):
@@ -202,8 +202,8 @@ def test_readme_block_is_written_and_stays(tmp_path, unit, publish):
         support.write_run(tmp_path / "runs", seed)
     publish()
     text = report.readme_text(README, unit.path.parent, tmp_path / "results")
-    assert text.startswith("# Title\n\nbefore\n\n<!-- catalogue -->\n### Advent, days 1 to 30\n")
-    assert text.endswith("|\n<!-- /catalogue -->\n\nafter\n")
+    assert text.startswith("# Title\n\nbefore\n\n<!-- catalogue:begin -->\n### Advent, days 1 to 30\n")
+    assert text.endswith("|\n<!-- catalogue:end -->\n\nafter\n")
     assert "old | text" not in text
     row = next(line for line in text.splitlines() if NAME in line)
     cells = [cell.strip() for cell in row.strip("|").split(" | ")]
@@ -234,8 +234,10 @@ def test_readme_cells_cannot_break_the_table(tmp_path, unit):
 
 
 def test_readme_without_the_block_is_refused(unit, tmp_path):
-    with pytest.raises(InputError, match="no line <!-- catalogue -->"):
+    with pytest.raises(InputError, match=r"README\.md has no lines"):
         report.readme_text("# Title\n", unit.path.parent, tmp_path)
+    with pytest.raises(InputError, match="a block list, which nothing makes: the blocks known are catalogue"):
+        report.readme_text(README.replace("catalogue", "list"), unit.path.parent, tmp_path)
 
 
 def test_readme_check_tells_drift(tmp_path, monkeypatch, capsys):

@@ -178,12 +178,12 @@ def test_kserve_that_is_not_there_is_one_line():
 def test_the_readme_shows_the_record(tmp_path):
     folder = Path(benchmark.__file__).parent
     record = json.loads((folder / "benchmark.json").read_text())
-    begin, end = benchmark.MARKS
-    shown = (folder / "README.md").read_text().partition(begin)[2].partition(end)[0].strip()
+    begin, end = "<!-- benchmark:begin -->\n", "\n<!-- benchmark:end -->"
+    shown = (folder / "README.md").read_text().partition(begin)[2].partition(end)[0]
     assert shown == benchmark.markdown(record)
-    (tmp_path / "README.md").write_text(f"a {begin} old {end} b\n")
+    (tmp_path / "README.md").write_text(f"a\n{begin}old{end}\nb\n")
     benchmark.write(tmp_path / "record.json", record)
-    assert (tmp_path / "README.md").read_text() == f"a {begin}\n{shown}\n{end} b\n"
+    assert (tmp_path / "README.md").read_text() == f"a\n{begin}{shown}{end}\nb\n"
     assert json.loads((tmp_path / "record.json").read_text()) == record
 
 

@@ -32,6 +32,7 @@ FILM_BYTES = 400_000  # of a committed film: it cannot be made smaller here
 DEVIATIONS, RELATIVE, ABSOLUTE = 3, 0.01, 1e-5
 # How long something took is a property of the machine: replay shows these metrics and does not judge them.
 TIMING = re.compile(r"(^|_)(seconds|ms|us|minutes|per_second)(_|$)")
+BLOCK = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)  # a generated part of a README
 
 
 # --- publish ---------------------------------------------------------------------------------------------------------
@@ -183,14 +184,23 @@ def _png(picture):
 
 
 def readme_text(text, folder=catalogue.COURSE, results=catalogue.RESULTS):
-    """`text` with every generated block, `<!-- name -->` to `<!-- /name -->`, written anew from units and results."""
-    for name, block in {"catalogue": _catalogue_block}.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise InputError(f"the README has no line <!-- {name} --> followed by <!-- /{name} -->: put them in")
-        content = block(catalogue.units(folder), results)
-        text = pattern.sub(lambda match, content=content: f"{match[1]}{content}{match[2]}", text)
-    return text
+    """`text` with its catalogue written anew from the units in `folder` and their `results`."""
+    return fill(text, "README.md", {"catalogue": lambda: _catalogue_block(catalogue.units(folder), results)})
+
+
+def fill(text, name, makers):
+    """`text` with what stands between each `<!-- BLOCK:begin -->` and `<!-- BLOCK:end -->` written anew.
+
+    name: of the file, for what is said.  makers: BLOCK -> function that gives its Markdown.  Raises `InputError` where
+    the text has no block, or one that nothing is known to make.
+    """
+    found = {match[2] for match in BLOCK.finditer(text)}
+    if not found:
+        raise InputError(f"{name} has no lines <!-- BLOCK:begin --> and <!-- BLOCK:end -->: put them in")
+    if unknown := found - set(makers):
+        known = ", ".join(sorted(makers))
+        raise InputError(f"{name} has a block {min(unknown)}, which nothing makes: the blocks known are {known}")
+    return BLOCK.sub(lambda match: f"{match[1]}{makers[match[2]]()}\n{match[3]}", text)
 
 
 def refresh(path, name, rewrite, module, check=False):
@@ -223,7 +233,7 @@ def _catalogue_block(units, results):
         lines += [f"\n### {group}\n", "| unit | idea | data | recorded result | reference, same data | time | |"]
         lines += ["|---|---|---|---|---|---|---|"]
         lines += [_readme_row(unit, catalogue.recorded(unit.name, results)) for unit in members]
-    return "\n".join(lines).lstrip("\n") + "\n"
+    return "\n".join(lines).lstrip("\n")
 
 
 def _readme_row(unit, records):
