@@ -7,7 +7,7 @@ Shapes:    samples [R,K,n] -> estimates [R]; tables [2,R,K]; observations [B,4] 
 Reference: Sutton and Barto, Figure 6.5: with epsilon 0.1 the best is to go left in 5 % of the episodes
 Run:       python -m course.a4_double_dqn --preset cpu --seed 0
 Departs:   1. the problem's figure is a mean over as many runs, computed side by side
-           2. CartPole in place of Atari; a learning rate that falls to 0; float32 whatever --precision says
+           2. CartPole in place of Atari; a learning rate that falls to 0; one device in float32, whatever is asked for
 """
 
 # %%
@@ -198,7 +198,7 @@ def main(argv=None):
         raise core.InputError(f"--samples {cfg.samples}: the double estimator needs two halves: give 2 or more")
     dqn.horizon(cfg.gamma)
     dqn.check("--steps", cfg.steps, partial(pole, player(cfg, True)), COPIES)
-    with core.run("a4_double_dqn", dqn.in_float32(options), cfg) as run:
+    with core.run("a4_double_dqn", core.alone(options), cfg) as run:
         rng, kinds = np.random.default_rng(cfg.seed), {"single": False, "double": True}
         table = biases(rng, cfg.draws, cfg.samples)
         small = {kind: small_problem(rng, cfg.copies, cfg.episodes, cfg.actions, cfg.alpha, double=double)

@@ -8,7 +8,7 @@ Reference: the paper's Figure 3: with 5 actions both are alike, with 10 and 20 t
 Run:       python -m course.a4_dueling_dqn --preset cpu --seed 0
 Departs:   1. the corridor's policy leaves the way in a tenth of its steps, the paper's in a thousandth; Adam
            2. three ways of putting the streams together are compared, not only the mean
-           3. float32 whatever --precision says
+           3. one device in float32, whatever is asked for
 
 The cpu preset takes about half an hour on two cores.
 """
@@ -228,7 +228,7 @@ def main(argv=None):
     if min(cfg.actions) < 4:
         raise core.InputError(f"--actions {min(cfg.actions)}: the corridor has four directions: give at least 4")
     dqn.check("--steps", cfg.steps, partial(navigation.loop, player("DQN")), WORLDS)
-    with core.run("a4_dueling_dqn", dqn.in_float32(options), cfg) as run:
+    with core.run("a4_dueling_dqn", core.alone(options), cfg) as run:
         kinds = ("single", "sum", "max", "mean")
         trials = range(cfg.trials)
         errors = {count: {kind: [run.once(f"{kind}-{count}-{i}",

@@ -8,7 +8,7 @@ Shapes:    model: state and action [B,E,6] -> change [B,E,4], end [B,E]; policy:
 Reference: CartPole-v1 counts as solved at a mean return of 475 over 100 episodes (Gymnasium's specification)
 Run:       python -m course.a4_model_based --preset cpu --seed 0
 Departs:   1. the policy is improved by the policy gradient in the model; Chua et al. plan anew at each step
-           2. the members predict one next state each, not its distribution: CartPole's is certain
+           2. the members predict one next state each, not its distribution: CartPole's is certain; float32, one device
 """
 
 # %%
@@ -323,7 +323,7 @@ def main(argv=None):
     options, cfg = core.parse(Config, PRESETS, argv)
     at = {"model-based": grid(cfg)[: cfg.rounds], "model-free": grid(cfg)}
     arms = {"model-based": learn_in_imagination, "model-free": learn_for_real}
-    with core.run("a4_model_based", options, cfg) as run:
+    with core.run("a4_model_based", core.alone(options), cfg) as run:
         found = {arm: [run.once(f"{arm}-{trial}", lambda learn=learn, trial=trial: learn(cfg, cfg.seed + 100 * trial))
                        for trial in range(cfg.trials)] for arm, learn in arms.items()}  # fmt: skip
         less = [f"{name} {getattr(cfg, name)} only" for name in LENGTHS if getattr(cfg, name) < getattr(Config, name)]

@@ -10,7 +10,7 @@ Run:       python -m course.a4_policy_gradient --preset cpu --seed 0
 Departs:   1. biases in both layers; 2. training stops at 100 episodes in a row whose mean return is that of `solved`,
            or else at `episodes`, and the policy is then judged on 100 new ones, taking its likelier action
            3. not from the paper but as in the assignment: an episode that is cut by its limit of steps counts as one
-           that ended, nothing follows; day 16 counts what would have followed
+           that ended, nothing follows; day 16 counts what would have followed; 4. one device in float32
 """
 
 # %%
@@ -258,7 +258,7 @@ def portrait(params):
 
 def main(argv=None):
     options, cfg = core.parse(Config, PRESETS, argv)
-    with core.run("a4_policy_gradient", options, cfg) as run:
+    with core.run("a4_policy_gradient", core.alone(options), cfg) as run:
         error, difference = check(cfg)
 
         def several(limit, name):

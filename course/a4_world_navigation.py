@@ -9,7 +9,7 @@ Reference: 19.54 rewards an episode of 50 steps in another such world: meant as 
 Run:       python -m course.a4_world_navigation --preset cpu --seed 0
 Departs:   1. goals come again at random, obstacles stand still: so the best possible return can be computed
            2. the first convolution's window is a cell; a learning rate that falls to 0
-           3. float32 whatever --precision says
+           3. one device in float32, whatever is asked for
 
 The cpu preset takes about half an hour on two cores.
 """
@@ -231,7 +231,7 @@ def check(cfg):
 def main(argv=None):
     options, cfg = core.parse(Config, PRESETS, argv)
     check(cfg)
-    with core.run("a4_world_navigation", dqn.in_float32(options), cfg) as run:
+    with core.run("a4_world_navigation", core.alone(options), cfg) as run:
         found = {name: [run.once(f"{name}-{trial}", partial(arm, run, cfg, name, trial)) for trial in range(cfg.trials)]
                  for name in cfg.arms}  # fmt: skip
         most = [run.once(f"bound-{trial}", partial(bound, cfg, trial)) for trial in range(cfg.trials)]

@@ -223,7 +223,7 @@ def scaled_step(model, optimizer, loss, scaling):
 def follow(task, batch, steps, growth):
     """The first steps by our scaling and by day 10's loop with Keras's: name -> [loss, S] a step."""
     start, curves = 2.0**24, {"ours": [], "Keras": []}  # so high that the first steps overflow
-    with precision.policy("mixed_float16"):
+    with core.runtime.policy("mixed_float16"):
         step = scaled_step(*task.begin(), task.loss, Scaling(start, growth))
         for x, y in task.batches().repeat().take(steps):
             value, _, scale = step(x, y)

@@ -8,7 +8,7 @@ Shapes:    observations [N,4] -> logits [N,2], or mean and log deviation [N,2]; 
 Reference: CartPole-v1 counts as solved at a mean return of 475 over 100 episodes (Gymnasium's specification)
 Run:       python -m course.day16_reinforce --preset cpu --seed 0
 Departs:   1. the factor gamma^t before each step of the discounted gradient is left out, as is usual: late steps count
-           2. Adam in place of plain gradient ascent
+           2. Adam in place of plain gradient ascent; one device in float32, whatever is asked for
 """
 
 # %%
@@ -312,7 +312,7 @@ def main(argv=None):
     policies.require("--continuous", cfg.continuous, policies.Gaussian)
     usual, pole = "learned V", "CartPole-v1"
     chosen = [label for label in ARMS if label in (cfg.arms or ARMS) or label == usual]
-    with core.run("day16_reinforce", options, cfg) as run:
+    with core.run("day16_reinforce", core.alone(options), cfg) as run:
         arms = {label: several(run, cfg, pole, label, ARMS[label], cfg.trials,
                                cfg.snapshots if label == usual else ()) for label in chosen}  # fmt: skip
         force = several(run, cfg, cfg.continuous, "continuous", ARMS[usual], cfg.continuous_trials)

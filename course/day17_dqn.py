@@ -10,7 +10,7 @@ Run:       python -m course.day17_dqn --preset cpu --seed 0
 Departs:   1. Adam with a learning rate that falls to 0, not RMSProp; gradients clipped to a norm of 10
            2. eight games side by side; the cpu preset has all switches on, and makes its updates count with fewer steps
            3. no sticky actions; a game starts with 0 to 29 frames of no-ops, then FIRE, which after a lost life is left
-              to the agent; dueling's gradient is not rescaled; float32 whatever --precision says
+              to the agent; dueling's gradient is not rescaled; one device in float32, whatever is asked for
 
 Preset cpu plays Pong and compares some switches on CartPole, in 70 minutes on two cores; preset cartpole compares both
 losses, learning rates, clipping and Polyak averaging too, in half an hour.  So that a run can be resumed, its
@@ -321,7 +321,7 @@ def check(cfg):
 def main(argv=None):
     options, cfg = core.parse(Config, PRESETS, argv)
     check(cfg)
-    with core.run("day17_dqn", dqn.in_float32(options), cfg) as run:
+    with core.run("day17_dqn", core.alone(options), cfg) as run:
         found = {name: [run.once(f"{name}-{i}", partial(
                             on_cartpole, run, f"CartPole, {name}, {i}", Agent(**ARMS[name]), seed=cfg.seed + 100 * i,
                             steps=cfg.cartpole_steps, evaluated=cfg.cartpole_evaluated)) for i in range(cfg.trials)]

@@ -11,7 +11,7 @@ Departs:   1. the statistics that normalise observations change between rollouts
            that acts is the one that is improved; the first rollout passes as it is
            2. judged by the mean action on episodes of its own; the reference is of training episodes
            3. MuJoCo's v5, not v4; 4 environments with 512 steps a rollout, not 1 with 2,048; the pendulum gets
-           200,000 steps, not 1 million: the reference is for orientation, not for comparison
+           200,000 steps, not 1 million: the reference is for orientation; one device in float32
 """
 
 # %%
@@ -320,7 +320,7 @@ def main(argv=None):
     tasks = {label: (name, recipe, cfg.steps // divisor) for label, (name, recipe, divisor) in TASKS.items()
              if label in (cfg.tasks or TASKS)}  # fmt: skip
     arms = {label: (cfg.ablation, recipe, cfg.ablation_steps) for label, recipe in ABLATION.items() if cfg.ablation}
-    with core.run("day18_ppo", options, cfg) as run:
+    with core.run("day18_ppo", core.alone(options), cfg) as run:
         done, taken = ({label: several(run, cfg, label, *one) for label, one in group.items()}
                        for group in (tasks, arms))  # fmt: skip
         rows, ablation = ([curves.row(label, *group[label][::2], runs) for label, runs in found.items()]

@@ -11,7 +11,7 @@ Run:       python -m course.day27_rl_capstone --preset cpu --seed 0
 Departs:   1. CarRacing's own picture, but in grey, 42 x 42, without its indicators, and drawn by OpenCV: the drawing
               takes 12 of CarRacing's 12.3 ms a frame, ours half a millisecond for each eighth frame.  (highway-env,
               the other candidate, takes 7 to 65 ms a step in Python, and shows a handful of cars as numbers.)
-           2. an action is held for eight frames; gas and brake are one pedal
+           2. an action is held for eight frames; gas and brake are one pedal; one device in float32
 
 Preset cpu takes up to 90 minutes on two cores.
 """
@@ -272,7 +272,7 @@ def main(argv=None):
     options, cfg = core.parse(Config, PRESETS, argv)
     if unknown := set(cfg.arms) - set(ARMS):
         raise core.InputError(f"--arms: there is no {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}")
-    with core.run("day27_rl_capstone", options, cfg) as run:
+    with core.run("day27_rl_capstone", core.alone(options), cfg) as run:
         plan = {WHOLE: [(f"whole-{i}", Roads(), cfg.seed + i, cfg.steps) for i in range(cfg.trials)]}
         if cfg.arm_steps:
             plan |= {name: [(name.replace(" ", "-"), ARMS[name], cfg.seed, cfg.arm_steps)] for name in cfg.arms or ARMS}

@@ -338,6 +338,34 @@ def test_mixed_precision_computes_in_16_bits_and_keeps_variables_in_32():
         keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.parametrize("strategy", ["central", "central:2", "parameter_server"])
+def test_no_loss_scale_where_variables_stand_once(strategy):
+    with pytest.raises(core.InputError, match=f"mixed_float16 cannot be had with --strategy {strategy}"):
+        runtime.precision("mixed_float16", strategy)
+    assert runtime.precision("auto", strategy) == "float32"
+
+
+def test_a_policy_holds_in_its_block_alone():
+    import keras
+
+    with pytest.raises(KeyError), runtime.policy("mixed_bfloat16"):
+        assert keras.layers.Dense(1).compute_dtype == "bfloat16"
+        raise KeyError
+    assert keras.layers.Dense(1).compute_dtype == "float32"
+
+
+def test_units_that_stay_alone_say_what_they_do_not_use(capsys):
+    options = experiment.Options()
+    kept = experiment.alone(options)
+    assert (kept.strategy, kept.precision) == ("one", "float32") and capsys.readouterr().out == ""
+    asked = dataclasses.replace(options, strategy="mirrored:2", precision="mixed_bfloat16")
+    assert experiment.alone(asked) == kept
+    assert capsys.readouterr().out.splitlines() == [
+        "this unit stays on one device in float32: --strategy mirrored:2 is not used",
+        "this unit stays on one device in float32: --precision mixed_bfloat16 is not used",
+    ]
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 

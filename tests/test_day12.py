@@ -10,7 +10,6 @@ import tensorflow as tf
 from course import core
 from course import day12_mixed_precision as day12
 from models.scale import precision
-from models.scale.precision import policy
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": tf.bfloat16.as_numpy_dtype}
 
@@ -100,7 +99,7 @@ def test_what_fails_in_16_bits():
 @pytest.mark.parametrize(("name", "short"), [("mixed_float16", "float16"), ("mixed_bfloat16", "bfloat16")])
 def test_layers_compute_in_16_bits_and_logits_and_weights_are_float32(tasks, name, short):
     for task in tasks.values():
-        with policy(name):
+        with core.runtime.policy(name):
             model, _ = task.begin()
         rows = precision.dtypes(model)
         assert {row["weights"] for row in rows} == {"float32"}

@@ -9,7 +9,6 @@ import tensorflow as tf
 
 from course import core
 from course import day12_mixed_precision as day12
-from models.scale import precision
 
 
 def keras_machine(start, growth):
@@ -93,10 +92,10 @@ def test_scaling_changes_no_step_in_float32(scale):
 
 def test_scaled_wraps_where_the_policy_is_mixed_float16_and_nowhere_else():
     for name in ("float32", "mixed_bfloat16"):
-        with precision.policy(name):
+        with core.runtime.policy(name):
             assert core.runtime.scaled(optimizer := keras.optimizers.SGD(0.1)) is optimizer
             assert float(optimizer.scale_loss(3.0)) == 3.0
-    with precision.policy("mixed_float16"):
+    with core.runtime.policy("mixed_float16"):
         plain, fixed = keras.optimizers.SGD(0.1), keras.optimizers.SGD(0.1, loss_scale_factor=64.0)
         wrapped = core.runtime.scaled(plain, initial_scale=8.0, dynamic_growth_steps=2)
         assert isinstance(wrapped, keras.optimizers.LossScaleOptimizer) and wrapped.inner_optimizer is plain
@@ -113,7 +112,7 @@ def test_a_loop_with_scaled_is_fit(tmp_path):
         keras.utils.set_random_seed(0)
         return keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), keras.layers.Dense(4, dtype="float32")])
 
-    with precision.policy("mixed_float16"):
+    with core.runtime.policy("mixed_float16"):
         model, optimizer = begin(), core.runtime.scaled(keras.optimizers.SGD(0.1))
         optimizer.build(model.trainable_variables)
         curve = []

@@ -1,6 +1,5 @@
 """The loop around a Q-learning update: counts, target networks, what it learns where that is known, and a restart."""
 
-import dataclasses
 from collections import deque
 
 import gymnasium
@@ -263,14 +262,6 @@ def test_networks_are_float32_under_a_mixed_policy():
         assert error.dtype == "float32"
     finally:
         keras.config.set_dtype_policy("float32")
-
-
-def test_runs_are_float32_and_say_so(capsys):
-    options = experiment.Options()
-    assert dqn.in_float32(options).precision == "float32"
-    assert capsys.readouterr().out == ""
-    assert dqn.in_float32(dataclasses.replace(options, precision="mixed_bfloat16")).precision == "float32"
-    assert "mixed_bfloat16 is not used" in capsys.readouterr().out
 
 
 def test_summary_of_runs():

@@ -9,6 +9,7 @@ from course.core.errors import InputError, cli
 
 # name as used by the units -> the module of this package that holds it
 _HOMES = {
+    "alone": "experiment",
     "parse": "experiment",
     "run": "experiment",
     "Options": "experiment",

@@ -3,6 +3,7 @@
 TensorFlow is imported inside the functions: the catalogue and `--help` use this module and must not wait for it.
 """
 
+import contextlib
 import importlib.abc
 import importlib.util
 import json
@@ -227,26 +228,46 @@ def _tpu():
     return tf.distribute.TPUStrategy(resolver)
 
 
-def precision(name="auto"):
-    """Set Keras's global dtype policy and return its name.
+def precision(name="auto", strategy="auto"):
+    """Set Keras's global dtype policy and return its name; `strategy`: the name of the one that is used with it.
 
     "auto" is mixed_float16 on GPUs with tensor cores (compute capability 7.0 and above) and float32 elsewhere.
     Mixed policies compute in 16 bits and keep variables in float32; Keras wraps the optimizer in loss scaling for
-    mixed_float16 at `compile`.  Raises `InputError` for another name.
+    mixed_float16 at `compile`.  Raises `InputError` for another name, and for mixed_float16 with "central" and
+    "parameter_server": TensorFlow refuses to update the loss scale there ("auto" is float32).
     """
     import keras
     import tensorflow as tf
 
     if name not in PRECISIONS:
         raise InputError(f"--precision {name} is not known: choose one of {', '.join(PRECISIONS)}")
+    unscaled = strategy.partition(":")[0] in ("central", "parameter_server")
+    if name == "mixed_float16" and unscaled:
+        raise InputError(
+            f"--precision mixed_float16 cannot be had with --strategy {strategy}, which does not keep a loss scale: "
+            "choose mixed_bfloat16 or float32"
+        )
     if name == "auto":
         gpus = tf.config.list_physical_devices("GPU")
         capable = gpus and all(
             tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) >= (7, 0) for gpu in gpus
         )
-        name = "mixed_float16" if capable else "float32"
+        name = "mixed_float16" if capable and not unscaled else "float32"
     keras.config.set_dtype_policy(name)
     return name
+
+
+@contextlib.contextmanager
+def policy(name):
+    """Layers that are made in the block compute as the dtype policy `name` says, whatever `precision` has set."""
+    import keras
+
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def jit():

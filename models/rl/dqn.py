@@ -12,10 +12,10 @@ import functools
 import math
 import time
 
-import keras
 import numpy as np
 import tensorflow as tf
 
+from course.core import runtime
 from course.core.errors import InputError
 from models.rl import envs
 from models.rl.resume import Resume
@@ -59,24 +59,10 @@ def check(flag, steps, make, envs):
         raise InputError(f"{flag} {steps}: the first report would come before the first update: give {least} or more")
 
 
-def in_float32(options):
-    """`options` of a run with float32 in place of "auto" and of any other precision, which a line then says.
-
-    A temporal-difference error is a small difference of two large values: in 16 bits little of it is left.
-    """
-    if options.precision not in ("auto", "float32"):
-        print(f"networks of Q values stay in float32: --precision {options.precision} is not used")
-    return dataclasses.replace(options, precision="float32")
-
-
 def pair(build):
     """Two networks from `build()`, the online one and the target with its weights; float32 whatever Keras's policy."""
-    policy = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("float32")
-    try:
+    with runtime.policy("float32"):
         online, target = build(), build()
-    finally:
-        keras.config.set_dtype_policy(policy)
     target.set_weights(online.get_weights())
     return online, target
 

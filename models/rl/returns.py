@@ -124,7 +124,7 @@ def main(argv=None):
         raise core.InputError(f"{cfg.sb3} is not there: make rl-benchmark builds it")
     for env in cfg.envs:
         policies.require("--envs", env, policies.Gaussian)
-    options = dataclasses.replace(options, strategy="one", precision="float32")
+    options = core.alone(options)
     with core.run("rl_returns", options, cfg, typed=" ".join(["python -m models.rl.returns", *argv])) as run:
         rows, versions = compare(run, cfg)
         run.record["metrics"] = {f"{row['environment']}, {row['program']}": row["mean return"] for row in rows}

@@ -1,6 +1,5 @@
 """What day 12 trains, counts and draws in 16 bits; the numbers, the loss scale and its step stand in the unit."""
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -15,18 +14,6 @@ from course.core import data, plots, runtime
 from models.scale import replicas
 from models.scale.resnet import cifar_resnet
 from models.schedules import smooth
-
-
-@contextlib.contextmanager
-def policy(name):
-    """Layers that are made in the block compute as the dtype policy `name` says."""
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
-
 
 # --- what is trained -------------------------------------------------------------------------------------------------
 
@@ -95,7 +82,7 @@ def train(task, name, dtype_policy, scaling, make_step, lost):
     scale; `lost(weights, updates)` is asked once, half way.  A training whose
     loss has not been finite for 20 steps is over: `steps` tells.
     """
-    with policy(dtype_policy):
+    with runtime.policy(dtype_policy):
         model, optimizer = task.begin()
     step = make_step(model, optimizer, task.loss, scaling)
     curve, scales, skipped, bad, swallowed = [], [], [], 0, None
@@ -161,7 +148,7 @@ def dtypes(model):
 
 def used(task, make_step, scaling):
     """The task's network under mixed_float16: rows of its layers, and of the operations of a traced step."""
-    with policy("mixed_float16"):
+    with runtime.policy("mixed_float16"):
         model, optimizer = task.begin()
         step = make_step(model, optimizer, task.loss, scaling)
     found = operations(step.get_concrete_function(*next(iter(task.batches()))).graph)
@@ -184,7 +171,7 @@ def underflow(task, deltas, half_least, least_normal):
     (x, y), found = next(iter(task.batches())), {}
     for name, kind, scale in (("exact", "float32", 1.0), ("unscaled", "mixed_float16", 1.0),
                               ("2^15", "mixed_float16", 2.0**15)):  # fmt: skip
-        with policy(kind):
+        with runtime.policy(kind):
             found[name] = deltas(task.begin()[0], task, x, y, scale)
     rows = []
     for i, layer in enumerate(task.layers):

@@ -123,23 +123,13 @@ def distance(gradients, reference):
     return float(np.sqrt(square / sum(np.square(one).sum() for one in reference)))
 
 
-@contextlib.contextmanager
-def exact():
-    """Networks made in here compute in float64."""
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("float64")
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
-
-
 def possible(counts):
     """Of numbers of replicas those that this machine has devices for: where there are GPUs, one for each."""
     gpus = len(tf.config.list_physical_devices("GPU"))
     return [count for count in counts if not gpus or count <= gpus]
 
 
+@runtime.policy("float32")  # what should be equal up to rounding is not to be rounded to 16 bits
 def strategies(run, cfg, data, first_losses, fit_loss):
     """Rows of each strategy and normalisation beside one device, and of their speed.
 
@@ -153,7 +143,7 @@ def strategies(run, cfg, data, first_losses, fit_loss):
     rows, speeds, alone = [], [], {}
     for name, norm in arms:
         own = dataclasses.replace(cfg, norm=norm.partition(",")[0])
-        with exact() if norm.endswith("float64") else contextlib.nullcontext():
+        with runtime.policy("float64") if norm.endswith("float64") else contextlib.nullcontext():
             call = functools.partial(first_losses, runtime.strategy(name), own, data)
             curve, fast = run.once(f"{name}-{norm}", call)
         alone.setdefault(norm, curve)  # the first of each normalisation is of one device
@@ -168,6 +158,7 @@ def strategies(run, cfg, data, first_losses, fit_loss):
     return rows, efficiency(speeds)
 
 
+@runtime.policy("float32")
 def gradients(cfg, data, places, build, gradient, accumulated, pipelined):
     """Rows: the gradient of a batch in shares, and over stages, against the whole one's: its `distance`, and its ms."""
     model, _ = build(tf.distribute.get_strategy(), cfg, data, cfg.lr)
