@@ -300,7 +300,7 @@ def exponent(updates):
 # %%
 def main(argv=None):
     options, cfg = core.parse(Config, PRESETS, argv)
-    with core.run("a2_update_rules", options, cfg) as run:
+    with core.run("a2_update_rules", options, cfg, scope=False) as run:
         data = core.data.load(cfg.data, stand_in=cfg.stand_in)
         parts = core.data.three_way(data, cfg.examples, cfg.validation, 0)
         x, x_val = (images.reshape(len(images), -1).astype(np.float32) for images in (parts.x_train, parts.x_val))

@@ -224,7 +224,8 @@ def main(argv=None):
         counts = [row["actions"] for row in table]
         run.figure("bias", core.plots.panels(
             {f"values {values}": {kind: [row[f"{kind}, {values}"] for row in table] for kind in kinds}
-             for values in ("equal", "0 to 1")}, x=counts, xlabel="actions", xscale="log"))  # fmt: skip
+             for values in ("equal", "0 to 1")}, x=counts, xlabel="actions", xscale="log",
+            ylabel="mean error of the estimate"))  # fmt: skip
         run.figure("small_problem", core.plots.panels(
             {"% that go left": left | {"best": [5] * cfg.episodes},
              "Q(A, left)": {kind: one[1] for kind, one in small.items()} | {"true": [-0.1] * cfg.episodes}},

@@ -10,7 +10,7 @@ Departs:   1. the corridor's policy leaves the way in a tenth of its steps, the 
            2. three ways of putting the streams together are compared, not only the mean
            3. one device in float32, whatever is asked for
 
-The cpu preset takes about half an hour on two cores.
+The cpu preset takes a quarter of an hour on two cores.
 """
 
 # %%
@@ -220,6 +220,18 @@ def bound(cfg, trial):
     return world.best_returns(judge.worlds).mean()
 
 
+# %% [markdown]
+# ## What came out
+# In the corridor the error of the ordinary network, averaged over its learning, is 1.4 times the dueling one's with 5
+# actions, 2.5 times with 10 and 4.6 times with 20: it pays where actions are many.  Most of that is won in the first
+# thousand updates; in the end it is 2.6 times with 20 actions, and with 10 nothing.  How the streams are put together
+# does not matter here: eqs. 1, 2 and 3 differ by less than their runs do, though the sum cannot tell V from A.
+#
+# In the world of twelve actions, eight of them idle, the dueling network is ahead on the way: after half of its
+# decisions it collects 15.7, Double DQN 12.5 and DQN 12.0.  In the end they come to 19.2, 18.4 and 18.8 of the 23.1
+# that are possible, and the runs of one arm differ by as much as the arms do.
+
+
 # %%
 def main(argv=None):
     options, cfg = core.parse(Config, PRESETS, argv)
@@ -260,7 +272,7 @@ def main(argv=None):
         ticks = np.linspace(0, cfg.updates, 51)[1:]
         run.figure("corridor", core.plots.panels(
             {f"{count} actions": forms for count, forms in errors.items()}, x=ticks, xlabel="updates", yscale="log",
-            title=figures.BAND))  # fmt: skip
+            ylabel="mean squared error of Q", title=figures.BAND))  # fmt: skip
         step = next(iter(found.values()))[0]["step"]
         run.figure("world", core.plots.curves(
             {name: [one["test_return"] for one in runs] for name, runs in found.items()}

@@ -42,12 +42,12 @@ class Config:
     trials: int = 3  # independent runs of the whole recipe
     steps: int = 1_000_000  # decisions of each, eight frames long, of all cars together
     arms: tuple[str, ...] = ()  # of ARMS, one run each; none: all of them
-    arm_steps: int = 500_000  # decisions of each arm's run; 0: no arms
+    arm_steps: int = 1_000_000  # decisions of each arm's run; 0: no arms
     evaluated: int = 100  # tracks that judge a driver
 
 
 PRESETS = {"smoke": dict(trials=1, steps=512, arm_steps=0, evaluated=2),
-           "cpu": dict(steps=250_000, arms=("8 tracks", "one colour"), arm_steps=150_000, evaluated=50),
+           "cpu": dict(steps=320_000, arms=("8 tracks", "one colour"), arm_steps=320_000, evaluated=50),
            "full": {}}  # fmt: skip
 
 
@@ -79,8 +79,8 @@ class Roads:
 WHOLE = "whole recipe"
 ARMS = {"8 tracks": Roads(tracks=8), "one colour": Roads(recolour=False), "no curriculum": Roads(gentle=1),
         "no patience": Roads(patience=0)}  # fmt: skip
-RECIPE = Recipe(envs=8, steps=128, epochs=6, batch=128, lr=4e-4, gamma=0.98, lam=0.95, entropy_weight=0.002,
-                target_kl=0.03, normalise_observations=False, units=192)  # fmt: skip
+RECIPE = Recipe(envs=8, steps=128, epochs=8, batch=128, lr=8e-4, gamma=0.98, lam=0.95, entropy_weight=0.002,
+                target_kl=0.05, normalise_observations=False, units=192)  # fmt: skip
 
 
 def candidates(roads, share):
@@ -92,7 +92,9 @@ def candidates(roads, share):
 # ## One pair of eyes
 # Four pictures tell where the road is and how fast it comes.  Policy and value look through the same convolutions; the
 # loss is day 18's, eqs. 3 to 6 there, and so are the advantages.  The pedal starts with a little gas: a car that stands
-# with one foot on each pedal explores nothing.
+# with one foot on each pedal explores nothing.  The actions' deviation starts at a fifth: an action is held for eight
+# frames, and with three times as much the car is in the meadow before it has seen a bend; no other setting mattered
+# half as much.
 
 
 # %%
@@ -106,7 +108,7 @@ def build(recipe, shape):
     x = layers.Dense(recipe.units, "relu", kernel_initializer=start(2**0.5))(layers.Flatten()(x))
     gas = keras.initializers.Constant([0.0, 0.3])
     mean = layers.Dense(2, kernel_initializer=start(0.01), bias_initializer=gas)(x)
-    outputs, value = policies.GaussianHead(-0.5)(mean), layers.Dense(1, kernel_initializer=start(1.0))(x)
+    outputs, value = policies.GaussianHead(-1.6)(mean), layers.Dense(1, kernel_initializer=start(1.0))(x)
     return keras.Model(pictures, outputs), keras.Model(pictures, value), keras.Model(pictures, [outputs, value])
 
 
@@ -196,10 +198,16 @@ def pursue(position, heading, speed, middle, *, a=160.0, top=70.0, k=0.7):
 # ## Judged on the held-out tracks
 # Each driver has one drive on each of the same tracks, to the end: of the lap, of the field, or of the time, 1,000
 # frames.  The return is CarRacing's own: 1,000 for the whole road, less 0.1 a frame.  Tracks of the training are driven
-# too, and the held-out ones in colours drawn at random: the differences are what was learned by heart.
+# too, and the held-out ones in colours drawn at random: the differences are what was learned by heart.  The settings
+# above were tried on the first of the held-out tracks; judged is on the last.
 
 
 # %%
+def held_out(cfg):
+    """The numbers of the tracks that drivers are judged on."""
+    return range(racing.HELD_OUT[1] - cfg.evaluated, racing.HELD_OUT[1])
+
+
 def learned(policy):
     """The driver that takes the mean action of `policy`, which sees the pictures alone."""
     forward = compiled(policy)
@@ -219,8 +227,8 @@ def pursuit(_, told):
 
 def judged(driver, cfg, roads=None):
     """{where: summary of a driver's drives}: held-out tracks, the same recoloured, tracks of its training if any."""
-    drive, held_out = racing.drive, range(racing.HELD_OUT[0], racing.HELD_OUT[0] + cfg.evaluated)
-    rows = {"held out": drive(driver, held_out), "held out, recoloured": drive(driver, held_out, recolour=True)}
+    drive, tracks = racing.drive, held_out(cfg)
+    rows = {"held out": drive(driver, tracks), "held out, recoloured": drive(driver, tracks, recolour=True)}
     if roads:
         driven = [racing.TRAINING[0] + i for i in range(min(cfg.evaluated, roads.tracks or cfg.evaluated))]
         rows["training"] = drive(driver, driven)
@@ -272,6 +280,8 @@ def main(argv=None):
     options, cfg = core.parse(Config, PRESETS, argv)
     if unknown := set(cfg.arms) - set(ARMS):
         raise core.InputError(f"--arms: there is no {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}")
+    if not 0 < cfg.evaluated <= racing.HELD_OUT[1]:
+        raise core.InputError(f"--evaluated {cfg.evaluated}: {racing.HELD_OUT[1]} tracks are held out: give 1 to that")
     with core.run("day27_rl_capstone", core.alone(options), cfg) as run:
         plan = {WHOLE: [(f"whole-{i}", Roads(), cfg.seed + i, cfg.steps) for i in range(cfg.trials)]}
         if cfg.arm_steps:
@@ -289,11 +299,11 @@ def main(argv=None):
         best, trials = at[WHOLE, "held out"], done[WHOLE]
 
         policy = keras.saving.load_model(run.folder / "checkpoints" / "whole-0" / "policy.keras")
-        driver, tracks = learned(policy), range(cfg.evaluated)
+        driver, tracks = learned(policy), held_out(cfg)
         drives = racing.drive(driver, tracks)
         pictures, labels = gallery(drives)
         evaluate.film(lambda pictures: driver(pictures, None), "Racing-v0", run.picture("drive.gif"), cfg.seed, every=1,
-                      fps=6, tracks=(0, 1))  # fmt: skip
+                      fps=6, tracks=(tracks[0], tracks[0] + 1))  # fmt: skip
         note = "" if cfg.steps >= 200_000 and cfg.evaluated >= 50 else f"{cfg.steps} decisions, {cfg.evaluated} tracks"
         run.record["data"] = provenance("Racing-v0", note)
         run.record["tables"] = {"drivers": table}

@@ -87,8 +87,9 @@ def panels(groups, *, title="", xlabel="epoch", size=(3.6, 2.9), x=None, legend=
     for axis, (name, series) in zip(axes[0], groups.items(), strict=True):
         _lines(axis, series, x)
         axis.set(title=name, xlabel=xlabel, **options)
-        if options.get("yscale") == "log":
-            _plain_numbers(axis.yaxis)
+        for one in (axis.xaxis, axis.yaxis):
+            if one.get_scale() == "log":
+                _plain_numbers(one)
         if legend == "each":
             axis.legend()
     if legend == "side":
