@@ -44,8 +44,8 @@ class Config:
 
 PRESETS = {
     "smoke": dict(draws=500, copies=200, trials=1, steps=2_000, gamma=0.9, evaluated=4),
-    "cpu": dict(trials=3),
-    "full": {},
+    "cpu": {},
+    "full": dict(trials=20),
 }  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def rule(agent, online, target, optimizer):
 
 def player(cfg, double):
     """The agent on CartPole."""
-    return Agent(double=double, lr=cfg.lr, gamma=cfg.gamma, target_every=cfg.target_every, at_once=16)
+    return Agent(double=double, lr=cfg.lr, gamma=cfg.gamma, target_every=cfg.target_every)
 
 
 def cartpole(run, cfg, double, trial):
