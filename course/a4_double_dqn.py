@@ -34,7 +34,7 @@ class Config:
     episodes: int = 300  # of each
     actions: int = 10  # in its state B
     alpha: float = 0.1  # step size there
-    trials: int = 5  # runs of each kind on CartPole
+    trials: int = 20  # runs of each kind on CartPole
     steps: int = 60_000  # of each
     lr: float = 2.3e-3  # of Adam, at the start
     gamma: float = 0.99  # discount, on CartPole
@@ -43,9 +43,9 @@ class Config:
 
 
 PRESETS = {
-    "smoke": dict(draws=500, copies=200, trials=1, steps=2_000, gamma=0.9, evaluated=4),
-    "cpu": {},
-    "full": dict(trials=20),
+    "smoke": dict(draws=500, copies=200, trials=1, steps=3_000, gamma=0.9, evaluated=4),
+    "cpu": dict(trials=5),
+    "full": {},
 }  # fmt: skip
 
 
