@@ -191,6 +191,18 @@ def cartpole(run, cfg, double, trial):
                        steps=cfg.steps, evaluated=cfg.evaluated, rule=rule)  # fmt: skip
 
 
+# %% [markdown]
+# ## What came out
+# Of ten actions alike the largest of the means is 0.49 too large, the double estimate right; where they differ it is
+# 0.2 too small.  In the small problem 94 % of Q-learning's runs go left at the worst, and 12 % still do in the last 50
+# of 300 episodes; with two tables it is 51 and 7 %, and 5 % would be best.
+#
+# On CartPole the ordinary target leads to values above 100, which nothing is worth, and to 43 more than what followed,
+# on average over the last quarter; with eq. 5 it is 18: in three of the five runs next to nothing, in one even more than
+# before.  It does not stand longer for that: 370 steps and 349, the worst runs 99 and 93.  To have the same
+# error in all actions does no harm to their order; and day 17 shows what makes the runs alike.
+
+
 # %%
 def main(argv=None):
     options, cfg = core.parse(Config, PRESETS, argv)
