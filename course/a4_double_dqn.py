@@ -197,10 +197,10 @@ def cartpole(run, cfg, double, trial):
 # 0.2 too small.  In the small problem 94 % of Q-learning's runs go left at the worst, and 12 % still do in the last 50
 # of 300 episodes; with two tables it is 51 and 7 %, and 5 % would be best.
 #
-# On CartPole the ordinary target leads to values above 100, which nothing is worth, and to 43 more than what followed,
-# on average over the last quarter; with eq. 5 it is 18: in three of the five runs next to nothing, in one more than that
-# 43.  The pole does not stand longer for it: 370 steps and 349, the worst runs 99 and 93.  The same error in all
-# actions does no harm to their order; and day 17 shows what makes the runs alike.
+# On CartPole the ordinary target leads to values above 100, which nothing is worth, and to 43 more than what
+# followed, on average over the last quarter; with eq. 5 it is 18: in three of the five runs next to nothing, in one
+# more than that 43.  The pole does not stand longer for it: 370 steps and 349, the worst runs 99 and 93.  The same
+# error in all actions does no harm to their order; and day 17 shows what makes the runs alike.
 
 
 # %%
