@@ -16,7 +16,7 @@ from keras import layers, losses
 
 from course import core
 from course import day10_distributed as day10
-from models.scale import replicas, worker
+from models.scale import cluster, replicas, worker
 from models.scale.resnet import cifar_resnet
 
 ROOT = Path(__file__).parents[1]
@@ -281,6 +281,18 @@ def test_a_parameter_server_trains(tmp_path):
     curve = record["history"]["loss"]
     assert len(curve) == 4 * 512 // cfg.batch
     assert np.mean(curve[-8:]) < np.mean(curve[:8])
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_float16(tmp_path):
+    words = ["--preset=smoke", "--strategy=multiworker", "--precision=mixed_float16", f"--runs={tmp_path}",
+             "--norm=group", "--train=128", "--epochs=2"]  # fmt: skip
+    cluster.launch("course.day10_distributed", words, 2, log_folder=tmp_path / "logs", limit=600)
+    (path,) = (tmp_path / "day10_distributed").glob("smoke*/result.json")
+    record = json.loads(path.read_text())
+    assert (record["precision"], record["replicas"]) == ("mixed_float16", 2)
+    first, last = record["history"]["loss"]
+    assert last < first
 
 
 @pytest.mark.slow
