@@ -213,10 +213,9 @@ def scaled_step(model, optimizer, loss, scaling):
 
 
 # %% [markdown]
-# Keras has the same machine as an optimizer around an optimizer: `core.runtime.scaled`.  `fit` puts it there by itself;
-# a loop of one's own differentiates `optimizer.scale_loss(loss)`, as day 10's does since it was written.  So day 10's
-# loop runs in float16 unchanged, and its losses must be those of the step above.  (On several replicas use `scaled` for
-# `fit` as well: Keras looks for inf in the first one's gradients only.)
+# Keras has the same machine as an optimizer around an optimizer: `core.runtime.scaled`, for loops of one's own, which
+# differentiate `optimizer.scale_loss(loss)`, and for `fit` on several replicas, where Keras looks for inf in the first
+# one's gradients only.  So day 10's loop runs in float16 unchanged, with the losses of the step above.
 
 
 # %%
@@ -242,9 +241,8 @@ def follow(task, batch, steps, growth):
 # ## Two networks
 # *Deep* is the autoencoder with which Hinton and Salakhutdinov began: logistic units all through, squeezed to 32 and
 # out again, mean squared error over batch and pixels.  A logistic unit's slope is at most 1/4, so each layer shrinks
-# what comes back.  Nothing here was made up to fail: Keras's initial weights, Adam, an ordinary batch.  In float32 the
-# shrinking does no harm, since Adam divides a gradient by its usual size.  *Residual* is day 10's network, whose
-# shortcuts and normalisation keep gradients large.
+# what comes back.  In float32 that does no harm, since Adam divides a gradient by its usual size.  *Residual* is day
+# 10's network, whose shortcuts and normalisation keep gradients large.
 #
 # A layer's *delta* is the gradient of the loss by its output; all layers before it live on it.  In float32 their
 # magnitudes can be counted and set beside float16's ends.  Then the same weights and batch compute in float16: how many
@@ -281,14 +279,11 @@ def arms(growth):
     """Name -> dtype policy and `Scaling`; the dynamic scale begins as Keras's does."""
     dynamic = Scaling(2.0**15, growth)
     return {
-        "float32": ("float32", Scaling()),
-        "bfloat16": ("mixed_bfloat16", Scaling()),
+        "float32": ("float32", Scaling()), "bfloat16": ("mixed_bfloat16", Scaling()),
         "float16, unscaled": ("mixed_float16", Scaling()),
-        "float16, fixed 2^10": ("mixed_float16", Scaling(2.0**10)),
-        "float16, fixed 2^24": ("mixed_float16", Scaling(2.0**24)),
-        "float16, dynamic": ("mixed_float16", dynamic),
-        "float16 throughout": ("float16", dynamic),
-    }
+        **{f"float16, fixed 2^{k}": ("mixed_float16", Scaling(2.0**k)) for k in (10, 24)},
+        "float16, dynamic": ("mixed_float16", dynamic), "float16 throughout": ("float16", dynamic),
+    }  # fmt: skip
 
 
 # %% [markdown]

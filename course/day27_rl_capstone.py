@@ -275,6 +275,21 @@ def paths(drivers, tracks):
     return figure
 
 
+# %% [markdown]
+# ## What came out
+# On roads that it has never seen the recipe collects 643 (its three runs deviate by 14), the scripted driver 884,
+# chance -57; on its own training's roads it has 625, so nothing was learned by heart.  It drives faster than the
+# scripted one, 56 units of length a second to 50, and does not brake for what it sees too late: three drives in ten
+# end in the meadow, most of them behind a sharp bend, as the gallery shows, and one in a hundred comes home within
+# its 1,000 frames, where the scripted driver does in 64.  The curve still rises; what the reference did with many
+# more frames is not reached here.
+#
+# What varied was learned, and nothing else.  With one colour alone it is a little better on roads of that colour,
+# 672, and on roads of other colours it is lost: 267, where the recipe has 594.  That network has learned levels of
+# grey.  With eight tracks it has 531 on the held-out ones, and on its own eight, which happen to be hard, 345: too
+# few of them for the curves that there are.  (Both from one run each, of the same length.)
+
+
 # %%
 def main(argv=None):
     options, cfg = core.parse(Config, PRESETS, argv)
