@@ -90,7 +90,8 @@ def show(rows):
     for ours, other in zip(rows[::2], rows[1::2], strict=True):
         if ours["mean return"] < other["mean return"]:
             worse.append(ours["environment"])
-    bounds.table("", ("task", "program", "steps", "mean return", "runs", "above the other, 95 %"), [*map(_cells, rows)])
+    cells = [(task, program, steps, mean, above) for task, program, steps, mean, _, above in map(_cells, rows)]
+    bounds.table("", ("task", "program", "steps", "mean return", "above the other, 95 %"), cells)
     return worse
 
 
