@@ -443,12 +443,13 @@ def markdown(record):
 
 
 def write(path, record):
-    """Write a record as JSON, and as the tables of a README.md beside it."""
+    """Write a record as JSON, and as the tables of a README.md beside it that has a place for them."""
     files.write_atomic(path, to_json(record))
     readme = path.parent / "README.md"
-    if readme.is_file():
+    text = readme.read_text() if readme.is_file() else ""
+    if report.BLOCK.search(text):
         tables = partial(markdown, json.loads(path.read_text()))
-        files.write_atomic(readme, report.fill(readme.read_text(), str(readme), {"benchmark": tables}))
+        files.write_atomic(readme, report.fill(text, str(readme), {"benchmark": tables}))
 
 
 def main(argv):

@@ -95,12 +95,8 @@ def test_networks_that_are_not(changes, said):
 
 
 def test_logits_are_float32_in_mixed_precision():
-    before = keras.config.dtype_policy()
-    try:
-        core.runtime.precision("mixed_bfloat16")
+    with core.runtime.policy("mixed_bfloat16"):
         model = cifar_resnet((8, 8, 1), 3, [0.0], [1.0], 8, 8)
-    finally:
-        keras.config.set_dtype_policy(before)
     assert model.output.dtype == "float32"
     assert model.get_layer("block3").output.dtype == "bfloat16"
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from course import core
 from course import day11_lr_schedules as day11
 from models import schedules
 
@@ -131,12 +132,8 @@ def test_the_rate_falls_where_the_validation_loss_stays():
 
 def test_a_training_in_float16_begins_with_the_scale_that_the_first_had(monkeypatch):
     monkeypatch.setattr(schedules.runtime, "jit", lambda: False)
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
+    with core.runtime.policy("mixed_float16"):
         model = schedules.ready(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, dtype="float32")]), 8, 1)
-    finally:
-        keras.config.set_dtype_policy(before)
     weights, x = model.get_weights(), np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
     curves = []
     for _ in range(2):

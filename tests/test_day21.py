@@ -291,13 +291,10 @@ def test_saving_and_loading_changes_nothing(tmp_path):
 
 
 def test_mixed_precision_keeps_routing_and_losses_in_float32():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
+    with core.runtime.policy("mixed_float16"):
         encoder, decoder = day21.build_encoder(TINY), day21.build_decoder()
         trainer = day21.build_trainer(TINY, encoder, decoder)
         cnn = rival.cnn((28, 28, 1), 10, TINY.width, 60_000, TINY.lr)
-    finally:
-        keras.config.set_dtype_policy("float32")
     digits = encoder.get_layer("digits")
     assert (digits.compute_dtype, digits.variable_dtype) == ("float16", "float32")
     assert encoder.get_layer("primary").output.dtype == "float16"

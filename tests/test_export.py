@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from compression import lite
-from course.core import export
+from course.core import export, runtime
 from models.convnets import small_resnet
 
 LABELS = ["cat", "dog", "owl"]
@@ -118,11 +118,8 @@ def test_every_kind_of_file_that_ingest_takes_is_decoded(kind, mode, channels):
 
 
 def test_a_model_trained_in_16_bits_is_exported_in_32(pixels):
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
+    with runtime.policy("mixed_float16"):
         trained = small_resnet(SHAPE, 3, 4, mean=[100.0], variance=[900.0])
-    finally:
-        keras.config.set_dtype_policy("float32")
     copy = export.in_float32(trained)
     assert {layer.compute_dtype for layer in copy.layers} == {"float32"}
     x = pixels[:8].astype("float32")

@@ -249,8 +249,7 @@ def test_the_least_number_of_steps_is_named():
 
 
 def test_networks_are_float32_under_a_mixed_policy():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
+    with core.runtime.policy("mixed_float16"):
         online, target = dqn.pair(lambda: keras.Sequential([keras.Input([3]), layers.Dense(2)]))
         update, _ = rule(online, target)
         assert keras.config.dtype_policy().name == "mixed_float16", "the others' is as it was"
@@ -260,8 +259,6 @@ def test_networks_are_float32_under_a_mixed_policy():
                  "reward": tf.ones(3), "discount": tf.ones(3)}  # fmt: skip
         error, _ = update(batch)
         assert error.dtype == "float32"
-    finally:
-        keras.config.set_dtype_policy("float32")
 
 
 def test_summary_of_runs():

@@ -6,7 +6,7 @@ import json
 import keras
 import pytest
 
-from course.core import InputError
+from course.core import InputError, runtime
 from models import costs
 from models.scale import benchmark
 
@@ -16,11 +16,8 @@ TINY = benchmark.Setting("day10", "mixed_float16", False, 4, 8, 8, 4, 2, 3)
 @pytest.mark.parametrize("network", benchmark.NETWORKS)
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_flops_from_the_shapes_are_those_of_the_graph(network, policy):
-    keras.config.set_dtype_policy(policy)
-    try:
+    with runtime.policy(policy):
         model = benchmark.build(dataclasses.replace(TINY, network=network, side=32))
-    finally:
-        keras.config.set_dtype_policy("float32")
     assert benchmark.flops(model) == costs.flops(model) > 0
     assert model.output.dtype == "float32" and model.output.shape == (None, 10)
 

@@ -57,7 +57,9 @@ class _Plain(LogFormatter):
 
 
 def _plain_numbers(axis):
-    """Label a logarithmic axis with plain numbers; those between the powers of ten, where it shows at most two."""
+    """Label an axis, if it is logarithmic, with plain numbers; between the powers of ten where it shows at most two."""
+    if axis.get_scale() != "log":
+        return
     axis.set_major_formatter(_Plain())
     axis.set_minor_formatter(_Plain(minor_thresholds=(2, 0.7)))
 
@@ -71,8 +73,7 @@ def curves(series, *, title="", xlabel="epoch", ylabel="", x=None, yscale="linea
     figure, axes = plt.subplots(figsize=size)
     _lines(axes, series, x)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale=yscale, xscale=xscale)
-    if xscale == "log":
-        _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.xaxis)
     axes.legend()
     return figure
 
@@ -87,9 +88,8 @@ def panels(groups, *, title="", xlabel="epoch", size=(3.6, 2.9), x=None, legend=
     for axis, (name, series) in zip(axes[0], groups.items(), strict=True):
         _lines(axis, series, x)
         axis.set(title=name, xlabel=xlabel, **options)
-        for one in (axis.xaxis, axis.yaxis):
-            if one.get_scale() == "log":
-                _plain_numbers(one)
+        _plain_numbers(axis.xaxis)
+        _plain_numbers(axis.yaxis)
         if legend == "each":
             axis.legend()
     if legend == "side":
@@ -200,8 +200,7 @@ def pareto(points, *, xlabel, ylabel, title="", xscale="log", numbered=False):
         axes.scatter(cost, value, zorder=2, label=f"{i}  {name}", **colour)
         axes.annotate(i if numbered else name, (cost, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale=xscale)
-    if xscale == "log":
-        _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.xaxis)
     axes.margins(x=0.18, y=0.15)
     if numbered:
         listed = figure.legend(loc="outside right center", fontsize=8)

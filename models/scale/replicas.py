@@ -1,6 +1,5 @@
 """What day 10 measures of its strategies, and draws; the strategies themselves stand in the unit."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -143,7 +142,7 @@ def strategies(run, cfg, data, first_losses, fit_loss):
     rows, speeds, alone = [], [], {}
     for name, norm in arms:
         own = dataclasses.replace(cfg, norm=norm.partition(",")[0])
-        with runtime.policy("float64") if norm.endswith("float64") else contextlib.nullcontext():
+        with runtime.policy("float64" if norm.endswith("float64") else "float32"):
             call = functools.partial(first_losses, runtime.strategy(name), own, data)
             curve, fast = run.once(f"{name}-{norm}", call)
         alone.setdefault(norm, curve)  # the first of each normalisation is of one device

@@ -84,8 +84,8 @@ def in_processes(unit, folder, options, cfg, workers, *, strategy="multiworker",
     """Run `unit`, which calls `work`, with setting `cfg` as a cluster -> its chief's record, with "restarts".
 
     Each worker has one thread for its operations and, where there are GPUs, one of them.  `kill`: the last worker is
-    killed once the first epoch has been saved.  `folder` is emptied first.  All compute in float32: in 16
-    bits rounding would hide whether their curves are one.
+    killed once the first epoch has been saved.  `folder` is emptied first.  All compute in float32: in 16 bits rounding
+    would hide whether their curves are one.
     """
     shutil.rmtree(folder, ignore_errors=True)
     gpus, killed = len(tf.config.list_physical_devices("GPU")), []
