@@ -53,8 +53,8 @@ PRESETS = {
     "smoke": dict(data="fashion_mnist_12k", train=256, val=64, deep=(32, 16), deep_epochs=1, deep_batch=64, depth=8,
                   width=4, epochs=1, batch=64, lr=0.05, growth=2, followed=8, policies=("float32",), xla=(False,),
                   rounds=1),
-    "cpu": dict(data="cifar10", stand_in="fashion_mnist", train=10_000, val=2_000, deep_epochs=12, depth=8, width=8,
-                epochs=4, batch=64, lr=0.05, growth=100),
+    "cpu": dict(data="cifar10", stand_in="fashion_mnist", train=20_000, val=5_000, deep_epochs=6, depth=8, width=8,
+                epochs=8, batch=64, lr=0.05, growth=100),
     "full": {},
 }  # fmt: skip
 

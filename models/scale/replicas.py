@@ -130,16 +130,17 @@ def possible(counts):
 
 @runtime.policy("float32")  # what should be equal up to rounding is not to be rounded to 16 bits
 def strategies(run, cfg, data, first_losses, fit_loss):
-    """Rows of each strategy and normalisation beside one device, and of their speed.
+    """Each strategy and normalisation beside one device: rows, rows of speed, what they differ by, metrics.
 
-    Synchronised batch normalisation is compared in float64 as well, to tell rounding, which it magnifies, from error.
+    What they differ by: "strategy, normalisation" -> the difference of its loss from one device's at each step.  What
+    should be equal is compared in float64 as well, to tell rounding, which the steps magnify, from error.
     """
     counts = possible(cfg.replicas)
     names = ["one", *(f"mirrored:{n}" for n in counts), *(f"central:{n}" for n in counts[:1])]
-    arms = [(name, "group") for name in names]
+    arms = [(name, norm) for norm in ("group", "group, float64") for name in names]
     several = ["one", *(f"mirrored:{n}" for n in counts[-1:])]
     arms += [(name, norm) for norm in ("batch", "sync", "sync, float64") for name in several]
-    rows, speeds, alone = [], [], {}
+    rows, speeds, alone, apart = [], [], {}, {}
     for name, norm in arms:
         own = dataclasses.replace(cfg, norm=norm.partition(",")[0])
         with runtime.policy("float64" if norm.endswith("float64") else "float32"):
@@ -148,13 +149,20 @@ def strategies(run, cfg, data, first_losses, fit_loss):
         alone.setdefault(norm, curve)  # the first of each normalisation is of one device
         rows.append({"strategy": name, "norm": norm, "replicas": fast["replicas"], "last_loss": curve[-1],
                      "difference": difference(curve, alone[norm])})  # fmt: skip
+        if name != "one":
+            apart[f"{name}, {norm}"] = np.abs(np.subtract(curve, alone[norm])).tolist()
         if norm == "group":
             speeds.append({"strategy": name} | fast)
     for name in names[:2]:
         mean = run.once(f"{name}-fit", lambda name=name: fit_loss(runtime.strategy(name), cfg, data))
         rows.append({"strategy": f"{name}, fit", "norm": "group", "replicas": None, "last_loss": None,
                      "difference": abs(mean - float(np.mean(alone["group"])))})  # fmt: skip
-    return rows, efficiency(speeds)
+    worst = {norm: max(row["difference"] for row in rows if row["norm"] == norm) for norm in alone}
+    return rows, efficiency(speeds), apart, {
+        "worst_loss_difference": worst["group"], "worst_loss_difference_float64": worst["group, float64"],
+        "batch_norm_difference": worst["batch"], "sync_batch_norm_difference": worst["sync"],
+        "sync_batch_norm_difference_float64": worst["sync, float64"],
+    }  # fmt: skip
 
 
 @runtime.policy("float32")
@@ -217,13 +225,16 @@ def few_images(run, cfg, data, train):
     return arms(run, cfg, data, train, several)
 
 
-def draw(run, tables, curves):
-    """The unit's figures, from its tables and the workers' loss curves, {name: losses}."""
+def draw(run, tables, apart, curves):
+    """The unit's figures: of its tables, of the differences of each step, and of the workers' losses; name -> curve."""
+    same = {name: np.where(np.greater(one, 0), one, np.nan) for name, one in apart.items() if "batch" not in name}
+    title = "difference from one device's loss"
+    run.figure("rounding", plots.curves(same, xlabel="step", ylabel=title, yscale="log", size=(6.4, 4)))
     rows = tables["speed"]
     for name, title in ("images_per_second", "images a second"), ("efficiency", "efficiency, %"):
         run.figure(name, plots.bars({row["strategy"]: row[name] for row in rows}, ylabel=title))
     large = {row["arm"]: row["curve"] for row in tables["large batches"]}
-    run.figure("large_batches", plots.curves(large, ylabel="training loss", yscale="log"))
+    run.figure("large_batches", plots.curves(large, ylabel="training loss"))
     small = {row["arm"]: row["val_accuracy"] for row in tables["few images a replica"]}
     run.figure("normalisation", plots.bars(small, ylabel="validation accuracy, %"))
     if curves:

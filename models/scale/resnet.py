@@ -1,5 +1,7 @@
 """The residual networks that He et al. made for CIFAR, with the normalisation that several devices call for."""
 
+import itertools
+
 import keras
 from keras import layers, ops
 
@@ -18,7 +20,8 @@ def cifar_resnet(shape, classes, mean, variance, depth=20, width=16, norm="batch
 
     `shape`: (H, W, C); `mean`, `variance`: a number a channel, of the training pixels, for the first layer.
     `norm`: "batch"; "sync": its statistics are of all replicas' pictures; "group": of each picture alone, `width` a
-    multiple of 8.  The last layer of block i is named f"block{i}".  Logits are float32 under every precision policy.
+    multiple of 8.  The last layer of block i is named f"block{i}", convolution k f"conv{k}" and its
+    normalisation f"norm{k}".  Logits are float32 under every precision policy.
     Raises `InputError` for a depth, norm or width that does not fit.
     """
     if norm not in NORMS:
@@ -28,11 +31,15 @@ def cifar_resnet(shape, classes, mean, variance, depth=20, width=16, norm="batch
     if norm == "group" and width % GROUPS:
         raise InputError(f"group normalisation needs a width divisible by {GROUPS}, not {width}")
 
+    number = itertools.count(1)
+
     def convolved(x, channels, strides=1):
-        x = layers.Conv2D(channels, 3, strides, "same", use_bias=False, kernel_initializer="he_normal")(x)
+        k = next(number)
+        x = layers.Conv2D(channels, 3, strides, "same", use_bias=False, kernel_initializer="he_normal",
+                          name=f"conv{k}")(x)  # fmt: skip
         if norm == "group":
-            return layers.GroupNormalization(GROUPS, epsilon=1e-5)(x)
-        return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, synchronized=norm == "sync")(x)
+            return layers.GroupNormalization(GROUPS, epsilon=1e-5, name=f"norm{k}")(x)
+        return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, synchronized=norm == "sync", name=f"norm{k}")(x)
 
     image = keras.Input(shape, name="pixels")
     x = layers.Normalization(mean=mean, variance=variance)(image)
