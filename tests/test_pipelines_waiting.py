@@ -23,7 +23,12 @@ def slowly(wait):
 
 def adapter(wait):
     """In the place of a unit's: a step of some milliseconds, batches that take `wait` seconds."""
-    return lambda unit, cfg: (lambda batch: lambda batch: time.sleep(WITHIN), lambda: slowly(wait))
+    return lambda unit, cfg: (lambda batch: pipelines.by_hand(sleep, batch), lambda: slowly(wait))
+
+
+def sleep(batch):
+    """A step that trains nothing."""
+    time.sleep(WITHIN)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -31,10 +36,30 @@ def adapter(wait):
 
 def test_a_turn_tells_waiting_from_working():
     stream = slowly(WITHIN)
-    waiting, spent, count = pipelines.turn(lambda _: time.sleep(2 * WITHIN), lambda: next(stream), 0.3)
+    step = pipelines.by_hand(sleep, None)
+    waiting, spent, count = pipelines.turn(lambda: step.on_next(stream), 0.3)
     assert count >= 5
-    assert count * WITHIN <= waiting <= spent - count * 2 * WITHIN
-    assert pipelines.turn(lambda _: None, lambda: None, seconds=0)[2] == 5  # at least
+    assert count * WITHIN <= waiting <= spent - count * WITHIN
+    assert pipelines.turn(lambda: 0.0, seconds=0)[2] == 5  # at least
+
+
+def test_a_graph_waits_for_its_batch_as_long_as_the_batch_takes():
+    """Keras's `fit` asks for the batch inside its compiled function, and so does the step that is measured."""
+    import keras
+    import tensorflow as tf
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    shapes = (tf.TensorSpec((4, 2)), tf.TensorSpec((4,)))
+    x, y = next(slowly(0))
+    for wait in (0, 5 * WITHIN):
+        step = pipelines.stepper(model, (x, y))
+        batches = iter(tf.data.Dataset.from_generator(lambda wait=wait: slowly(wait), output_signature=shapes))
+        step.on_next(batches)  # is compiled, and the first batch is made
+        began = time.perf_counter()
+        waited = [step.on_next(batches) for _ in range(3)]
+        assert 3 * wait <= sum(waited) <= time.perf_counter() - began
+        assert min(waited) < WITHIN or wait
 
 
 def test_measure_compares_with_a_batch_that_is_there():
@@ -44,7 +69,7 @@ def test_measure_compares_with_a_batch_that_is_there():
         begun.append(True)
         return slowly(2 * WITHIN)
 
-    found = pipelines.measure(lambda _: time.sleep(WITHIN), begin, None, rounds=2, seconds=0.2)
+    found = pipelines.measure(pipelines.by_hand(sleep, None), begin, None, rounds=2, seconds=0.2)
     assert len(begun) == 2  # each round begins anew
     assert found["waiting_ms"] >= 2e3 * WITHIN and found["step_ms"] >= 3e3 * WITHIN
     assert found["waiting"] == pytest.approx(found["waiting_ms"] / found["step_ms"])
@@ -72,8 +97,9 @@ def test_captured_stops_at_fit_and_says_where_it_is_not_reached():
     first, *_ = (next(stream) for _ in range(3))  # without end
     np.testing.assert_array_equal(first[0], x)
     step = make_step(first)
-    losses = [step(first) for _ in range(3)]
+    losses = [step.on(first) for _ in range(3)]
     assert losses == sorted(losses, reverse=True) and losses[0] > losses[2]  # it trains
+    assert step.on_next(stream) >= 0 and step.on(first) < losses[2]  # on the stream as well
     with pytest.raises(RuntimeError, match="does not fit"):
         pipelines.captured(lambda: None)
     with pytest.raises(RuntimeError, match="does not fit"):

@@ -5,8 +5,9 @@ python -m models.scale.pipelines --units day04_cnn --seconds 1       one of them
 python -m models.scale.pipelines --record models/scale/results/pipelines.json
 
 A unit's own training function is called, and stopped where it hands its model and its data to `fit`: what is measured
-is what the unit trains with, not a copy of it.  A step takes the next batch and trains on it until the loss is known;
-the share of it that passes before the batch is there is *waiting*, and has a bound of 5 %.  On a CPU a pipeline costs
+is what the unit trains with, not a copy of it.  A step takes the next batch and trains on it until the loss is known,
+both in one compiled function, as in `fit`; the share of it that passes before the batch is there is *waiting*, and has
+a bound of 5 %.  On a CPU a pipeline costs
 more than that, since it works on the cores that train: *slower* is the whole step over that on one batch that is there
 already, the two in turns.
 
@@ -24,6 +25,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -65,7 +67,7 @@ class _Captured(Exception):
 def captured(train, *arguments, **options):
     """What `train(*arguments, **options)` would do with Keras's `fit`, which does not run: (make_step, begin).
 
-    make_step(batch): a step as `stepper` makes it; begin(): an iterator over the data, without end.  Raises
+    make_step(batch): the `Step` that `stepper` makes; begin(): an iterator over the data, without end.  Raises
     `RuntimeError` where `fit` is never called, or on something else than a `tf.data.Dataset`.
     """
     import keras
@@ -132,7 +134,7 @@ def day10(unit, cfg):
     ):
         unit.train(_one(), cfg, parts, lambda *_: _run().checkpoint())
     own = found["step"]
-    return lambda batch: _once(lambda batch: float(own(*batch)), batch), found["begin"]
+    return lambda batch: by_hand(lambda batch: float(own(*batch)), batch), found["begin"]
 
 
 def day11(unit, cfg):
@@ -250,37 +252,66 @@ def _from_files(batches, arrays, *words, transform=None, **named):
 # --- the measurement --------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A compiled training step, which returns when its loss is known."""
+
+    on: Callable  # of a batch that is there: -> its loss
+    on_next: Callable  # of the next batch of an iterator: -> seconds that passed before it was there
+
+
 def stepper(model, batch):
-    """A function of a batch that trains `model` on it, compiled as `fit` would, and returns when the loss is known."""
+    """A `Step` of `model`, compiled as Keras's `fit` does: it asks for the batch inside the graph."""
     import tensorflow as tf
 
     with model.distribute_strategy.scope():
         model.train_step(batch)  # once, uncompiled: makes the variables of the optimizer and of the metrics
         compiled = tf.function(model.train_step, jit_compile=model.jit_compile, reduce_retracing=True)
 
-    return _once(lambda batch: float(compiled(batch)["loss"]), batch)
+    @tf.function(reduce_retracing=True)
+    def following(batches):
+        asked = tf.timestamp()
+        with tf.control_dependencies([asked]):
+            batch = batches.get_next()
+        with tf.control_dependencies(tf.nest.flatten(batch)):
+            there = tf.timestamp()
+        return compiled(batch)["loss"], there - asked
 
+    def on_next(batches):
+        loss, waited = following(batches)
+        float(loss)  # until it is known
+        return float(waited)
 
-def _once(step, batch):
-    """`step`, called once, so that it is compiled."""
-    step(batch)
+    step = Step(lambda batch: float(compiled(batch)["loss"]), on_next)
+    step.on(batch)  # now it is compiled
     return step
 
 
-def turn(step, take, seconds, least=5):
-    """Steps for at least `seconds`, and `least` of them: (seconds waiting in `take`, seconds in all, steps)."""
+def by_hand(train, batch):
+    """The `Step` of a loop in Python, which takes each batch and calls `train(batch)`; already called on `batch`."""
+
+    def on_next(batches):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - asked
+        train(batch)
+        return waited
+
+    train(batch)
+    return Step(train, on_next)
+
+
+def turn(once, seconds, least=5):
+    """Calls of `once()`, which tells the seconds that it waited, for at least `seconds`: (waited, spent, calls)."""
     waiting, count, began = 0.0, 0, time.perf_counter()
     while (spent := time.perf_counter() - began) < seconds or count < least:
-        asked = time.perf_counter()
-        batch = take()
-        waiting += time.perf_counter() - asked
-        step(batch)
+        waiting += once()
         count += 1
     return waiting, spent, count
 
 
 def measure(step, begin, ready, rounds, seconds):
-    """One variant: {"step_ms", "waiting_ms", "waiting", "slower", "slower_least", "slower_most"}.
+    """One variant of a `Step`'s stream: {"step_ms", "waiting_ms", "waiting", "slower", "slower_least", "slower_most"}.
 
     Each round begins the stream anew (`begin()`), lets it run a quarter of the time uncounted, so that what was made
     ahead of the first step does not count for long, and then trains in turn on it and on the `ready` batch.  waiting:
@@ -288,13 +319,18 @@ def measure(step, begin, ready, rounds, seconds):
     """
     waited = spent = count = 0.0
     ratios = []
+
+    def at_once():
+        step.on(ready)
+        return 0.0
+
     for _ in range(rounds):
         batches = begin()
-        turn(step, lambda batches=batches: next(batches), seconds / 4, least=2)
-        own = turn(step, lambda batches=batches: next(batches), seconds)
+        turn(lambda batches=batches: step.on_next(batches), seconds / 4, least=2)
+        own = turn(lambda batches=batches: step.on_next(batches), seconds)
         del batches
         gc.collect()  # the stream's threads end with its iterator
-        _, other, steps = turn(step, lambda: ready, seconds)
+        _, other, steps = turn(at_once, seconds)
         waited, spent, count = waited + own[0], spent + own[1], count + own[2]
         ratios.append(own[1] / own[2] / (other / steps))
     return {
