@@ -1,6 +1,6 @@
 """What a unit pays for running through core: the same training by core and by Keras alone, in pairs.
 
-python -m models.scale.overhead                                  12 pairs, some minutes
+python -m models.scale.overhead                                  24 pairs, some minutes
 python -m models.scale.overhead --record models/scale/results/overhead.json
 
 By core: `core.run` with its folder, lock, seed and record, `core.data.batches`, a checkpoint an epoch, a line of
@@ -9,9 +9,9 @@ saved.  Both build the network anew, so that all a unit would pay is in it, and 
 epoch: else they did not do the same work, and no ratio is given.
 
 The two of a pair follow one another, and which comes first changes from pair to pair; the first pair, in which
-TensorFlow is still being loaded, does not count.  The ratio is the geometric mean over pairs, its 95 % interval is
-Student's t on the logarithms.  The exit status is 1 where the ratio is above the bound; where the interval reaches
-over it, the machine was too busy, or the pairs too few, to tell.
+TensorFlow is still being loaded, does not count.  The ratio is the median over pairs: a machine that stands still for
+some seconds during one training spoils a mean.  Its 95 % interval is that of the sign test.  The exit status is 1 where
+the ratio is above the bound; where the interval reaches over it, the machine was too busy or the pairs too few.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ SAME = 1e-4  # largest relative difference of the first epoch's losses; with sev
 class Overhead:
     """The training that is timed, and how often."""
 
-    pairs: int = 12  # that count
+    pairs: int = 24  # that count
     data: str = "fashion_mnist_12k"  # data set, as core.data knows it
     images: int = 6_400  # of its training part
     width: int = 8  # channels of the network's first convolution
@@ -138,20 +138,18 @@ def measure(options):
 
 
 def summary(found):
-    """{"ratio", "low", "high"}: geometric mean of the pairs' ratios and its 95 % interval (None for a single pair)."""
+    """{"ratio", "low", "high"}: median of the pairs' ratios and its 95 % interval (None for less than six pairs)."""
     from scipy import stats
 
-    logs = np.log(np.divide(found["core"], found["keras"]))
-    mean, interval = float(logs.mean()), (None, None)
-    if len(logs) > 1:
-        half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
-        interval = float(np.exp(mean - half)), float(np.exp(mean + half))
-    return {"ratio": float(np.exp(mean)), "low": interval[0], "high": interval[1]}
+    ratios = np.divide(found["core"], found["keras"])
+    interval = stats.quantile_test(ratios, q=1, p=0.5).confidence_interval(0.95)
+    low, high = (None if np.isnan(end) else float(end) for end in interval)
+    return {"ratio": float(np.median(ratios)), "low": low, "high": high}
 
 
 def target(found):
-    """The bound on the geometric mean; of its two figures the second is the mean of the times by Keras."""
-    seconds = statistics.fmean(found["keras"])
+    """The bound on the median ratio; of its two figures the second is the median of the times by Keras."""
+    seconds = statistics.median(found["keras"])
     return Ratio("a training", "core / Keras alone", summary(found)["ratio"] * seconds, seconds, BOUND, False)
 
 
@@ -161,7 +159,7 @@ def markdown(record):
     device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
     interval = "" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
     met = "met" if record["met"] else "**missed**"
-    keras, core = (statistics.fmean(record["seconds"][name]) for name in ("keras", "core"))
+    keras, core = (statistics.median(record["seconds"][name]) for name in ("keras", "core"))
     return "\n".join([
         f"{device}. `{record['command']}`",
         "",
