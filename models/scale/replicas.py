@@ -112,7 +112,7 @@ def split(model, places):
 
 
 def difference(curve, reference):
-    """Largest difference of two loss curves of equal length."""
+    """Largest difference of two curves, or lists of arrays, of equal length."""
     return float(np.abs(np.subtract(curve, reference)).max())
 
 
@@ -187,6 +187,13 @@ def gradients(cfg, data, places, build, gradient, accumulated, pipelined):
                      "distance": distance(found, whole), "idle": 100 * idle if name == "pipeline" else None,
                      "ms": taken["p50_ms"]})  # fmt: skip
     return rows
+
+
+def ring(all_reduce, seed):
+    """Of `all_reduce(arrays)` -> sums, bytes sent, among eight devices: its error, and how many arrays one sends."""
+    arrays = list(np.random.default_rng(seed).normal(size=(8, 1_000)))
+    sums, sent = all_reduce(arrays)
+    return {"ring_error": difference(sums, [np.sum(arrays, axis=0)] * 8), "ring_sent": max(sent) / arrays[0].nbytes}
 
 
 def arms(run, cfg, data, train, several):

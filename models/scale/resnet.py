@@ -21,7 +21,7 @@ def cifar_resnet(shape, classes, mean, variance, depth=20, width=16, norm="batch
     `shape`: (H, W, C); `mean`, `variance`: a number a channel, of the training pixels, for the first layer.
     `norm`: "batch"; "sync": its statistics are of all replicas' pictures; "group": of each picture alone, `width` a
     multiple of 8.  The last layer of block i is named f"block{i}", convolution k f"conv{k}" and its
-    normalisation f"norm{k}".  Logits are float32 under every precision policy.
+    normalisation f"norm{k}".  Logits are float32 under every policy but float64.
     Raises `InputError` for a depth, norm or width that does not fit.
     """
     if norm not in NORMS:
@@ -54,4 +54,5 @@ def cifar_resnet(shape, classes, mean, variance, depth=20, width=16, norm="batch
             x = layers.Add()([shortcut, convolved(y, channels)])
             x = layers.ReLU(name=f"block{blocks * stage + block + 1}")(x)
     x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(image, layers.Dense(classes, dtype="float32", name="logits")(x), name=f"resnet{depth}")
+    dtype = "float64" if keras.config.dtype_policy().name == "float64" else "float32"
+    return keras.Model(image, layers.Dense(classes, dtype=dtype, name="logits")(x), name=f"resnet{depth}")
