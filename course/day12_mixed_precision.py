@@ -288,7 +288,20 @@ def arms(growth):
 
 # %% [markdown]
 # ## What came out
-# (to be written from the record)
+# CIFAR-10 (re-encoded as JPEG), 20,000 images, two CPU cores. *Deep*: in float16 every delta of the first three layers
+# is 0, and 77 % of the middle one's. Nothing fails, the loss just stays at 0.057, which is what the mean picture gives.
+# With the loss times $2^{15}$, 0.4 % of the first layer's are 0; the mixed trainings with a scale, and bfloat16 without
+# one, end at 0.0387 to 0.0395, float32 at 0.0394. *Throughout* learns nothing although its loss is scaled: there the
+# optimizer's averages, of the gradient and of its square, have 16 bits too.
+#
+# *Residual*: shortcuts and normalisation leave less than 0.1 % at 0. Accuracies of float32, bfloat16, float16 scaled
+# and unscaled are 64.1, 63.9, 64.5 and 63.7 %, of 5,000 images equal up to chance. A scale of $2^{24}$ ends in nan at
+# once; the dynamic one moves between $2^{17}$ and $2^{19}$ and leaves out 17 steps of 2,496. Half way, weights in
+# float16 would swallow 9.9 % of the updates; the 63.5 % of *throughout* do not show it yet. For 20 steps Keras's
+# machine and ours agree to the last bit.
+#
+# Here float16 takes 2.4 times as long as float32, bfloat16 about as long, and XLA trebles the memory. No GPU's times
+# are recorded yet.
 
 
 # %%
@@ -322,18 +335,7 @@ def main(argv=None):
         used = precision.used(residual, scaled_step, Scaling())
         tables = precision.tables(FORMATS, spacing, fragile, *used, sunk, trained)
         run.record["tables"] = tables | {"speed": speed}
-        right, error = ({name: np.nan if one["score"] is None else one["score"] for name, one in trained[task].items()}
-                        for task in ("residual", "deep"))  # fmt: skip
-        run.record["metrics"] = {
-            "float16_minus_float32": right["float16, dynamic"] - right["float32"],
-            "deep_loss_unscaled": error["float16, unscaled"], "deep_loss_scaled": error["float16, dynamic"],
-            "deep_loss_float32": error["float32"], "deep_loss_bfloat16": error["bfloat16"],
-            "deep_loss_of_the_mean_picture": mean_picture,
-            "accuracy_float32": right["float32"], "accuracy_bfloat16": right["bfloat16"],
-            "accuracy_float16": right["float16, dynamic"], "accuracy_float16_unscaled": right["float16, unscaled"],
-            "zero_deltas_unscaled": sunk["deep"]["rows"][0]["0 in float16, unscaled, %"],
-            "zero_deltas_scaled": sunk["deep"]["rows"][0]["0 in float16, 2^15, %"],
-            "updates_lost_in_float16": trained["residual"]["float32"]["lost"]["float16"],
+        run.record["metrics"] = precision.metrics(trained, sunk, mean_picture) | {
             "keras_loss_difference": float(np.abs(ours[:, 0] - theirs[:, 0]).max()),
             "keras_scale_differs_in_steps": int((ours[:, 1] != theirs[:, 1]).sum()),
         }  # fmt: skip

@@ -207,6 +207,23 @@ def tables(formats, spacing, fragile, layers, operations, sunk, trained):
     }  # fmt: skip
 
 
+def metrics(trained, sunk, mean_picture):
+    """What the record says first: `train`'s scores (nan where a training diverged) and what went under."""
+    right, error = ({name: math.nan if one["score"] is None else one["score"] for name, one in trained[task].items()}
+                    for task in ("residual", "deep"))  # fmt: skip
+    return {
+        "float16_minus_float32": right["float16, dynamic"] - right["float32"],
+        "deep_loss_unscaled": error["float16, unscaled"], "deep_loss_scaled": error["float16, dynamic"],
+        "deep_loss_float32": error["float32"], "deep_loss_bfloat16": error["bfloat16"],
+        "deep_loss_of_the_mean_picture": mean_picture,
+        "accuracy_float32": right["float32"], "accuracy_bfloat16": right["bfloat16"],
+        "accuracy_float16": right["float16, dynamic"], "accuracy_float16_unscaled": right["float16, unscaled"],
+        "zero_deltas_unscaled": sunk["deep"]["rows"][0]["0 in float16, unscaled, %"],
+        "zero_deltas_scaled": sunk["deep"]["rows"][0]["0 in float16, 2^15, %"],
+        "updates_lost_in_float16": trained["residual"]["float32"]["lost"]["float16"],
+    }  # fmt: skip
+
+
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
