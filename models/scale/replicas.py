@@ -232,11 +232,18 @@ def few_images(run, cfg, data, train):
     return arms(run, cfg, data, train, several)
 
 
+def rounding(apart):
+    """Figure of the differences at each step, {"strategy, normalisation": curve}; a difference of 0 has no point."""
+    at = {name: np.flatnonzero(one) for name, one in apart.items() if not name.endswith("batch")}
+    found = {name: np.asarray(apart[name])[steps] for name, steps in at.items() if len(steps)}
+    steps = {name: at[name] + 1 for name in found}
+    title = "difference from one device's loss"
+    return plots.curves(found, x=steps, xlabel="step", ylabel=title, yscale="log", size=(7, 4.4))
+
+
 def draw(run, tables, apart, curves):
     """The unit's figures: of its tables, of the differences of each step, and of the workers' losses; name -> curve."""
-    same = {name: np.where(np.greater(one, 0), one, np.nan) for name, one in apart.items() if "batch" not in name}
-    title = "difference from one device's loss"
-    run.figure("rounding", plots.curves(same, xlabel="step", ylabel=title, yscale="log", size=(6.4, 4)))
+    run.figure("rounding", rounding(apart))
     rows = tables["speed"]
     for name, title in ("images_per_second", "images a second"), ("efficiency", "efficiency, %"):
         run.figure(name, plots.bars({row["strategy"]: row[name] for row in rows}, ylabel=title))
