@@ -133,15 +133,19 @@ def compare(run, unit, options, cfg, parts, train):
         folder = run.folder / "workers" / name
         return run.once(name, lambda: in_processes(unit, folder, options, own, count, **how))
 
+    def speed(strategy, record):
+        figures = {key: value for key, value in record["metrics"].items() if key not in ("test_accuracy", "last_loss")}
+        rows.append({"strategy": strategy, **figures})
+
     for count in counts:
         record = launched(name := f"processes, {count}", count)
-        speed = {key: value for key, value in record["metrics"].items() if key not in ("test_accuracy", "last_loss")}
-        rows.append({"strategy": f"multiworker, {count}", **speed})
+        speed(f"multiworker, {count}", record)
         curves[name] = record["history"]["loss"]
     one = curves["processes, 1"]
     metrics["processes_difference"] = max(replicas.difference(curve, one) for curve in curves.values())
     metrics["threads_difference"] = replicas.difference(here, one)
     killed = launched(f"{name}, one killed", count, kill=True)
+    speed(f"multiworker, {count}, restarted", killed)
     curves[f"{name}, one killed"] = killed["history"]["loss"]
     metrics |= {
         "killed_difference": replicas.difference(killed["history"]["loss"], curves[name]),
