@@ -71,8 +71,7 @@ PRESETS = {
 #
 # A replica divides its sum by the *global* batch $B$, though it sees $B/n$ images; had it taken the mean over its own,
 # the sum of eq. 2 would be $n$ times too large, and nothing would say so.  The sum itself is an *all-reduce*: every
-# replica gives an array and gets the sum of all.  Keras's optimizer does one before it updates, so equal weights stay
-# equal.  `fit` has these lines inside; they are worth having read once.
+# replica gives an array and gets the sum of all.  Keras's optimizer does one and then updates: equal weights stay so.
 
 
 # %%
@@ -242,12 +241,11 @@ def accumulated(model, x, y, micro):
 # When a device cannot hold the weights, the *layers* are divided: stage $s$ gets the activations $a_{s-1}$ of the stage
 # before, hands on $a_s = f_s(a_{s-1})$, and on the way back hands on eq. 7.  With one batch all devices but one wait;
 # cut into $m$ *micro-batches* (Huang et al. 2019, GPipe), stage 2 works on the first while stage 1 begins the second,
-# and $S$ stages wait only while the pipe fills and empties, for the share of eq. 8.
+# and $S$ stages wait only while the pipe fills and empties, for the share of eq. 8.  Nobody schedules that here: in a
+# TensorFlow graph each operation starts when its inputs are there.
 #
 # $$\delta_{s-1} = \Bigl( \frac{\partial f_s}{\partial a_{s-1}} \Bigr)^{\!\top} \delta_s, \quad
 #   \delta_s = \frac{\partial L}{\partial a_s} \quad(7), \qquad \text{idle: } \frac{S - 1}{m + S - 1} \quad(8)$$
-#
-# Nobody schedules that here: in a TensorFlow graph each operation starts when its inputs are there.
 
 
 # %%
@@ -301,7 +299,18 @@ def asynchronous(strategy, cfg, data):
 
 # %% [markdown]
 # ## What came out
-# (to be written from the record)
+# CIFAR-10 (re-encoded as JPEG) on two CPU cores. *One result*: in float32 the losses of 2 and 4 replicas and of central
+# storage stay within $3.4 \cdot 10^{-5}$ of one device's over 20 steps, two processes within $5 \cdot 10^{-5}$ over 120
+# steps; in float64 all agree to the last digit. Batch normalisation is another network, 0.02 apart; synchronised it is
+# the same, though in float32 rounding brings it $10^{-3}$ away. A killed worker leaves the curve unbroken, bit for bit.
+#
+# *Large batches*, in epochs of 10,000 images: 56.9 % with 64, 39.4 % with 512 at the same rate, 48.8 % at eight times
+# the rate, 51.5 % warmed up: in 114 steps the rule brings back two thirds. With 4 images a replica, batch normalisation
+# has 53.0 % in place of 56.7, synchronised 56.9 %, and group normalisation 44.5 %.
+#
+# *Time*: replicas on one CPU gain none. Two processes of one thread made 837 images a second, and 1,208 after the
+# restart, where one made 857: on a machine with other users a single figure says little. ResNet-20 of 40,000 images
+# reaches 77.5 % after six epochs.
 
 
 # %%
