@@ -11,7 +11,8 @@ epoch: else they did not do the same work, and no ratio is given.
 The two of a pair follow one another, and which comes first changes from pair to pair; the first pair, in which
 TensorFlow is still being loaded, does not count.  The ratio is the median over pairs: a machine that stands still for
 some seconds during one training spoils a mean.  Its 95 % interval is that of the sign test.  The exit status is 1 where
-the ratio is above the bound; where the interval reaches over it, the machine was too busy or the pairs too few.
+the ratio is above the bound; where the interval reaches over it, the machine was too busy or the pairs too few.  The
+same is told of the processor's seconds, of all threads: other programs, which the clock counts, hardly change those.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from course.core.bounds import Ratio
 from course.core.experiment import Options, run, to_json
 
 BOUND = 1.03  # at most: seconds of a training by core / by Keras alone
+CLOCKS = {"seconds": time.perf_counter, "processor": time.process_time}
 SAME = 1e-4  # largest relative difference of the first epoch's losses; with several threads later ones drift apart
 
 
@@ -100,7 +102,7 @@ def orders_of(count, options):
 
 
 def measure(options):
-    """Seconds of each training of each pair that counts: {"core": [pairs], "keras": [pairs]}.
+    """Of each training of each pair that counts: {"seconds": {"core": [pairs], "keras": [pairs]}, "processor": same}.
 
     Raises `RuntimeError` where the two of a pair lose differently in the first epoch.
     """
@@ -112,33 +114,37 @@ def measure(options):
     if not options.batch <= options.images <= len(data.x_train):
         raise InputError(f"--images {options.images}: give from one batch, {options.batch}, to {len(data.x_train)}")
     x, y = data.x_train[: options.images], data.y_train[: options.images]
-    orders, found = orders_of(len(x), options), {"core": [], "keras": []}
+    orders, found = orders_of(len(x), options), {kind: {"core": [], "keras": []} for kind in CLOCKS}
     with tempfile.TemporaryDirectory() as folder:
         both = {
             "core": lambda: by_core(x, y, len(data.labels), options, folder),
             "keras": lambda: by_keras(x, y, len(data.labels), options, orders),
         }
         for pair in range(options.pairs + 1):
-            losses, seconds = {}, {}
+            losses, spent = {}, {}
             for name in sorted(both, reverse=bool(pair % 2)):
                 keras.backend.clear_session()
-                began = time.perf_counter()
+                began = {kind: clock() for kind, clock in CLOCKS.items()}
                 with contextlib.redirect_stdout(io.StringIO()):
                     losses[name] = both[name]()
-                seconds[name] = time.perf_counter() - began
+                spent[name] = {kind: clock() - began[kind] for kind, clock in CLOCKS.items()}
             first = {name: curve[0] for name, curve in losses.items()}
             if not abs(first["core"] / first["keras"] - 1) <= SAME:
                 raise RuntimeError(f"the two trainings did not do the same: their first epochs' losses are {first}")
             if pair:
-                for name in found:
-                    found[name].append(seconds[name])
-                ratio = seconds["core"] / seconds["keras"]
-                print(f"pair {pair}/{options.pairs}: {seconds['keras']:.2f} s, by core {ratio:.3f} times", flush=True)
+                for kind, pairs in found.items():
+                    for name, values in pairs.items():
+                        values.append(spent[name][kind])
+                own, bare = (spent[name]["seconds"] for name in ("core", "keras"))
+                print(f"pair {pair}/{options.pairs}: {bare:.2f} s, by core {own / bare:.3f} times", flush=True)
     return found
 
 
 def summary(found):
-    """{"ratio", "low", "high"}: median of the pairs' ratios and its 95 % interval (None for less than six pairs)."""
+    """{"ratio", "low", "high"}: median of the pairs' ratios and its 95 % interval (None for less than six pairs).
+
+    `found`: {"core": [pairs], "keras": [pairs]}, and so below.
+    """
     from scipy import stats
 
     ratios = np.divide(found["core"], found["keras"])
@@ -155,19 +161,22 @@ def target(found):
 
 def markdown(record):
     """A record as the table of a README."""
-    hardware, options, found = record["hardware"], record["options"], record["summary"]
+    hardware, options = record["hardware"], record["options"]
     device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
-    interval = "" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
-    met = "met" if record["met"] else "**missed**"
-    keras, core = (statistics.median(record["seconds"][name]) for name in ("keras", "core"))
-    return "\n".join([
-        f"{device}. `{record['command']}`",
+    lines = [
+        f"{device}; {options['pairs']} pairs of {options['epochs']} epochs of {options['images']:,} images."
+        f" `{record['command']}`",
         "",
-        "| pairs | epochs of images | Keras alone, s | core, s | ratio | 95 % | bound | |",
-        "|---" * 8 + "|",
-        f"| {options['pairs']} | {options['epochs']} of {options['images']:,} | {keras:.2f} | {core:.2f} |"
-        f" {found['ratio']:.3f} | {interval} | {BOUND} | {met} |",
-    ])  # fmt: skip
+        "| | Keras alone, s | core, s | ratio | 95 % | bound | |",
+        "|---" * 7 + "|",
+    ]
+    met = "met" if record["met"] else "**missed**"
+    for kind, title, bound in (("seconds", "by the clock", f"{BOUND} | {met}"), ("processor", "of the processor", "|")):
+        told = record["summary"][kind]
+        keras, core = (statistics.median(record[kind][name]) for name in ("keras", "core"))
+        interval = "" if told["low"] is None else f"{told['low']:.3f} to {told['high']:.3f}"
+        lines.append(f"| {title} | {keras:.2f} | {core:.2f} | {told['ratio']:.3f} | {interval} | {bound} |")
+    return "\n".join(lines)
 
 
 def main(argv):
@@ -178,17 +187,18 @@ def main(argv):
             raise InputError(f"--{name} must be at least 1")
     before = os.getloadavg()
     found = measure(options)
-    ratio, told = target(found), summary(found)
+    ratio, told = target(found["seconds"]), {kind: summary(pairs) for kind, pairs in found.items()}
     if options.record:
         record = {
-            "seconds": found, "summary": told, "bound": BOUND, "met": ratio.met, "load": before,
+            **found, "summary": told, "bound": BOUND, "met": ratio.met, "load": before,
             "options": dataclasses.asdict(options), "hardware": runtime.hardware(), "versions": runtime.versions(),
             "commit": runtime.commit(), "command": " ".join(["python -m models.scale.overhead", *argv]),
         }  # fmt: skip
         files.write_atomic(options.record, to_json(record))
     bounds.show([ratio], unit="s")
-    if told["low"] is not None:
-        print(f"95 % interval: {told['low']:.3f} to {told['high']:.3f}")
+    for kind, one in told.items():
+        interval = "" if one["low"] is None else f", 95 % interval {one['low']:.3f} to {one['high']:.3f}"
+        print(f"{kind}: {one['ratio']:.3f}{interval}")
     bounds.conclude([ratio])
 
 
