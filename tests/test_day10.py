@@ -301,6 +301,7 @@ def test_all_of_the_unit_with_processes(tmp_path):
     record = json.loads(path.read_text())
     metrics = record["metrics"]
     assert metrics["worst_loss_difference"] < 1e-4
+    assert metrics["processes_difference"] < 1e-4
     assert metrics["killed_difference"] < 1e-4
     assert metrics["restarts"] == 1
     assert metrics["batch_norm_difference"] > 1e-3
@@ -308,6 +309,8 @@ def test_all_of_the_unit_with_processes(tmp_path):
     assert {"workers.png", "cost.png", "efficiency.png"} <= set(record["figures"])
     assert metrics["threads_difference"] < 1e-2
     one, two = "processes, 1", "processes, 2"
-    assert {"loss", one, two, f"{two}, one killed", "parameter server"} <= set(record["history"])
+    apart = {f"{name}, {norm}" for name in ("mirrored:2", "central:2") for norm in ("group", "group, float64")}
+    apart |= {f"mirrored:2, {norm}" for norm in ("batch", "sync", "sync, float64")}
+    assert set(record["history"]) == {"loss", one, two, f"{two}, one killed", "parameter server"} | apart
     assert len(record["history"]["mirrored:2, group, float64"]) == 3
     assert metrics["worst_loss_difference_float64"] < 1e-9
